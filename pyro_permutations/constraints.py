@@ -1,0 +1,165 @@
+# Copyright Contributors to the pyro_permutations project.
+# SPDX-License-Identifier: Apache-2.0
+"""Sets of matrices: doubly stochastic ones, contrasts, permutation matrices."""
+
+from __future__ import annotations
+
+__all__ = ["SUM_TOLERANCE", "contrasts", "doubly_stochastic", "permutation_matrix"]
+
+import torch
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+
+# How far a row or column sum may be from one. Sinkhorn runs in float64 to 1e-6, of
+# which this leaves ten times; rounding the entries then moves a sum of one by at most
+# half an epsilon: 6e-8 in float32, 5e-4 in half, 4e-3 in bfloat16. It does not grow
+# with n, because the sums are accumulated in float64. Other types are exact.
+SUM_TOLERANCE = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-5,
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+}
+
+
+class _MatrixSet(Constraint):
+    """A set of n x n matrices, on all cells or on those that a mask leaves."""
+
+    is_discrete = False
+    event_dim = 2
+    _name = ""
+
+    def __init__(self, mask: Tensor | MatchingGraph | None = None) -> None:
+        if isinstance(mask, Tensor):
+            if mask.dim() < 2:
+                raise ValueError(
+                    f"mask must have shape (*batch, n, n), got {tuple(mask.shape)}."
+                )
+            mask = matching_graph(mask, (mask.shape[-2], mask.shape[-1]))
+        self.graph = mask
+        super().__init__()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same kind of set on the same cells."""
+        return type(self) is type(other) and self.graph == getattr(other, "graph", None)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.graph))
+
+    def __repr__(self) -> str:
+        return self._name if self.graph is None else f"{self._name}({self.graph})"
+
+
+class _DoublyStochastic(_MatrixSet):
+    """Non-negative matrices whose rows and columns sum to one.
+
+    ``doubly_stochastic`` is the set for square matrices of any size, and
+    ``doubly_stochastic(mask)`` the one for a mask: cells outside its support, those
+    that no perfect matching can use, are exactly zero.
+
+    Args:
+        mask: Shape ``(*batch, n, n)``, bool, True where a pair is allowed, or a
+            :class:`~pyro_permutations.matching_graph.MatchingGraph`.
+
+    Example:
+        >>> doubly_stochastic.check(torch.tensor([[0.7, 0.3], [0.3, 0.7]]))
+        tensor(True)
+        >>> identity = torch.eye(2, dtype=torch.bool)
+        >>> doubly_stochastic(identity).check(torch.tensor([[0.7, 0.3], [0.3, 0.7]]))
+        tensor(False)
+    """
+
+    _name = "doubly_stochastic"
+
+    def __call__(self, mask: Tensor | MatchingGraph) -> _DoublyStochastic:
+        return _DoublyStochastic(mask)
+
+    def check(
+        self,
+        value: Tensor,  # (*lead, n, n)
+    ) -> Tensor:  # (*lead,) bool
+        """Whether each matrix is in the set, up to :data:`SUM_TOLERANCE`."""
+        tolerance = SUM_TOLERANCE.get(value.dtype, 0.0)
+        allowed = value >= 0
+        if self.graph is not None:
+            if tuple(value.shape[-2:]) != self.graph.shape:
+                return value.new_zeros(value.shape[:-2], dtype=torch.bool)
+            allowed = allowed & (self.graph.support.to(value.device) | (value == 0))
+        rows = (value.sum(-1, dtype=torch.float64) - 1).abs() <= tolerance
+        columns = (value.sum(-2, dtype=torch.float64) - 1).abs() <= tolerance
+        return allowed.all(-1).all(-1) & rows.all(-1) & columns.all(-1)
+
+
+class _Contrasts(_MatrixSet):
+    """Score matrices with their row and column shifts taken out.
+
+    They are zero on a spanning forest of the allowed cells and on forbidden cells. With
+    no mask, ``contrasts()``, the forest is the last row and the last column.
+
+    Args:
+        mask: Shape ``(*batch, n, n)``, bool, True where a pair is allowed, or a
+            :class:`~pyro_permutations.matching_graph.MatchingGraph`.
+
+    Example:
+        >>> contrasts().check(torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
+        tensor(True)
+        >>> contrasts().check(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+        tensor(False)
+    """
+
+    _name = "contrasts"
+
+    def check(
+        self,
+        value: Tensor,  # (*lead, n, n)
+    ) -> Tensor:  # (*lead,) bool
+        """Whether each matrix is finite, and exactly zero where it has to be."""
+        finite = torch.isfinite(value).all(-1).all(-1)
+        if self.graph is None:
+            if value.shape[-2] != value.shape[-1]:
+                return torch.zeros_like(finite)
+            last_row, last_column = value[..., -1, :] == 0, value[..., -1] == 0
+            return finite & last_row.all(-1) & last_column.all(-1)
+        if tuple(value.shape[-2:]) != self.graph.shape:
+            return torch.zeros_like(finite)
+        zero = self.graph.free.to(value.device) | (value == 0)
+        return finite & zero.all(-1).all(-1)
+
+
+class _PermutationMatrix(Constraint):
+    """Matrices of zeros and ones, with a single one in every row and column.
+
+    Example:
+        >>> permutation_matrix.check(torch.eye(3))
+        tensor(True)
+    """
+
+    is_discrete = True
+    event_dim = 2
+
+    def check(
+        self,
+        value: Tensor,  # (*lead, n, n)
+    ) -> Tensor:  # (*lead,) bool
+        """Whether each matrix is exactly a permutation matrix."""
+        binary = (value == 0) | (value == 1)
+        ones = value == 1
+        rows, columns = ones.sum(-1) == 1, ones.sum(-2) == 1
+        return binary.all(-1).all(-1) & rows.all(-1) & columns.all(-1)
+
+    def __eq__(self, other: object) -> bool:
+        """All are equal: the size is not part of the set."""
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        return "permutation_matrix"
+
+
+doubly_stochastic = _DoublyStochastic()
+contrasts = _Contrasts
+permutation_matrix = _PermutationMatrix()

@@ -1,0 +1,17 @@
+# Copyright Contributors to the pyro_permutations project.
+# SPDX-License-Identifier: Apache-2.0
+"""Distributions over permutations and their relaxations."""
+
+from pyro_permutations.distributions.gumbel_contrasts import GumbelContrasts
+from pyro_permutations.distributions.gumbel_sinkhorn import (
+    GumbelSinkhorn,
+    GumbelSinkhornStraightThrough,
+)
+from pyro_permutations.distributions.noise_kl import noise_kl
+
+__all__ = [
+    "GumbelContrasts",
+    "GumbelSinkhorn",
+    "GumbelSinkhornStraightThrough",
+    "noise_kl",
+]

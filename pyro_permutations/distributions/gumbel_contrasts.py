@@ -1,0 +1,189 @@
+# Copyright Contributors to the pyro_permutations project.
+# SPDX-License-Identifier: Apache-2.0
+"""Score matrices with Gumbel noise, without their row and column shifts."""
+
+from __future__ import annotations
+
+__all__ = ["GumbelContrasts"]
+
+from collections.abc import Sequence
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions.constraints import dependent_property, independent, real
+
+from pyro_permutations.constraints import contrasts
+from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.shift_integral import log_shift_integral
+
+
+class GumbelContrasts(TorchDistribution):
+    r"""The contrasts of noisy scores, the base of :class:`GumbelSinkhorn`.
+
+    .. math:: Z = \text{contrasts}(X + \epsilon), \qquad
+        \epsilon_{ij} \sim \text{Gumbel}(0, 1)
+
+    Z is what is left of the noisy scores when a constant per row and per column is
+    taken out: for a full n x n matrix :math:`Z_{ij} = L_{ij} - L_{in} - L_{nj} +
+    L_{nn}`, which is zero in the last row and column. It does not depend on a
+    temperature. Inference on Z in place of the doubly stochastic matrix (Pyro's
+    ``TransformReparam``) is well scaled at any temperature.
+
+    The density, with respect to Lebesgue measure on the free cells, is the integral of
+    the noise density over the shifts. Row shifts integrate out exactly; column shifts
+    by a method that is chosen per connected component of the mask: see
+    :func:`~pyro_permutations.shift_integral.log_shift_integral`, and
+    :meth:`log_prob_error` for how exact it is.
+
+    Args:
+        logits: Scores X of shape ``(*batch, n, n)``. Entries of ``-inf`` forbid pairs.
+        mask: Allowed pairs, bool, of shape ``(*batch, n, n)``, or a
+            :class:`~pyro_permutations.matching_graph.MatchingGraph`. Its batch
+            broadcasts with that of the logits.
+        density_samples: Importance samples that refine the density, drawn once from
+            a generator of their own.
+
+    Raises:
+        ValueError: If logits are not square, or are NaN or ``+inf``; if the mask has
+            another shape or type, or if it has no perfect matching.
+
+    Example:
+        >>> d = GumbelContrasts(torch.zeros(3, 3))
+        >>> Z = d.rsample()
+        >>> Z.shape, Z[-1]
+        (torch.Size([3, 3]), tensor([0., 0., 0.]))
+        >>> d.log_prob(Z).shape
+        torch.Size([])
+    """
+
+    arg_constraints = {"logits": independent(real, 2)}  # noqa: RUF012
+    has_rsample = True
+    _validate_args: bool
+
+    def __init__(
+        self,
+        logits: Tensor,  # (*batch, n, n)
+        *,
+        mask: Tensor | MatchingGraph | None = None,  # (*batch, n, n) bool
+        density_samples: int = 0,
+        validate_args: bool | None = None,
+    ) -> None:
+        validate = self._validate_args if validate_args is None else validate_args
+        logits, self.graph = scores_on_graph(logits, mask, validate)
+        event_shape = logits.shape[-2:]
+        batch_shape = torch.broadcast_shapes(logits.shape[:-2], self.graph.batch_shape)
+        self.logits = logits.expand(batch_shape + event_shape)
+        self.density_samples = density_samples
+        # Checked above, in one pass, and for empty batches too.
+        super().__init__(batch_shape, event_shape, validate_args=False)
+        self._validate_args = validate
+
+    @dependent_property(is_discrete=False, event_dim=2)
+    def support(self) -> contrasts:
+        """Zero on the spanning forest of the mask, and on forbidden cells."""
+        return contrasts(None if self.graph.is_full else self.graph)
+
+    def expand(
+        self, batch_shape: Sequence[int], _instance: GumbelContrasts | None = None
+    ) -> GumbelContrasts:
+        """Return the distribution with a larger batch, on the same mask."""
+        new = self._get_checked_instance(GumbelContrasts, _instance)  # type: ignore[no-untyped-call]
+        batch_shape = torch.Size(batch_shape)
+        new.graph, new.density_samples = self.graph, self.density_samples
+        new.logits = self.logits.expand(batch_shape + self.event_shape)
+        super(GumbelContrasts, new).__init__(
+            batch_shape, self.event_shape, validate_args=False
+        )
+        new._validate_args = self._validate_args
+        return new  # type: ignore[no-any-return]
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw with a gradient to the logits, shape ``(*sample, *batch, n, n)``."""
+        logits = self.logits.expand(self._extended_shape(torch.Size(sample_shape)))
+        # Half precision has too few numbers for noise, and rare draws are exactly zero.
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        kind = torch.finfo(wide)
+        noise = torch.empty_like(logits, dtype=wide).exponential_()
+        gumbel = -noise.clamp(kind.tiny, kind.max).log()
+        return self.graph.contrasts(logits + gumbel).to(logits.dtype)
+
+    def log_prob(
+        self,
+        value: Tensor,  # (*sample, *batch, n, n)
+    ) -> Tensor:  # (*sample, *batch)
+        """Log density with respect to Lebesgue measure on the free cells."""
+        if self._validate_args:
+            self._validate_sample(value)
+        log_density, _ = self._log_density(value)
+        return log_density.to(torch.promote_types(value.dtype, self.logits.dtype))
+
+    def log_prob_error(
+        self,
+        value: Tensor,  # (*sample, *batch, n, n)
+    ) -> Tensor:  # (*sample, *batch)
+        """Estimate the absolute error of :meth:`log_prob`, in nats.
+
+        It is about .01 at draws of the distribution itself, and can be several nats far
+        out in its tails: there, ask for ``density_samples``.
+        """
+        _, error = self._log_density(value)
+        return error.to(torch.promote_types(value.dtype, self.logits.dtype))
+
+    def _log_density(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.logits.double() - value.double()
+        return log_shift_integral(scores, self.graph, samples=self.density_samples)
+
+    @classmethod
+    def infer_shapes(  # type: ignore[override]
+        cls, logits: Sequence[int], mask: Sequence[int] | None = None
+    ) -> tuple[torch.Size, torch.Size]:
+        """Batch and event shape for given shapes of the arguments."""
+        mask = logits if mask is None else mask
+        batch_shape = torch.broadcast_shapes(tuple(logits[:-2]), tuple(mask[:-2]))
+        return batch_shape, torch.Size(logits[-2:])
+
+
+def scores_on_graph(
+    logits: Tensor,  # (*batch, n, n)
+    mask: Tensor | MatchingGraph | None,  # (*batch, n, n) bool
+    validate: bool,
+) -> tuple[Tensor, MatchingGraph]:
+    """Check logits, and move entries of -inf from them to the mask."""
+    if (
+        logits.dim() < 2
+        or logits.shape[-1] != logits.shape[-2]
+        or not logits.is_floating_point()
+    ):
+        raise ValueError(
+            "logits must be floating point and square, of shape (*batch, n, n), got "
+            f"{logits.dtype} and {tuple(logits.shape)}."
+        )
+    shape = (logits.shape[-2], logits.shape[-1])
+    graph = matching_graph(mask, shape, logits.device)
+    try:
+        torch.broadcast_shapes(logits.shape[:-2], graph.batch_shape)
+    except RuntimeError:
+        raise ValueError(
+            f"mask has batch shape {tuple(graph.batch_shape)}, which does not "
+            f"broadcast with that of logits, {tuple(logits.shape[:-2])}. Pass one mask "
+            "for the whole batch or one per batch element."
+        ) from None
+    if holds(torch.isfinite(logits)):
+        return logits, graph
+    if validate and not holds(logits < torch.inf):
+        raise ValueError(
+            "logits must not be NaN or +inf. -inf forbids a pair; for a pair that is "
+            "certain, pass a mask that allows no other in its row and column."
+        )
+    forbidden = logits == -torch.inf
+    graph = matching_graph(graph.allowed & ~forbidden, shape, logits.device)
+    return torch.where(forbidden, 0, logits), graph
+
+
+def holds(condition: Tensor) -> bool:
+    """Whether a condition holds everywhere; True where no value may be looked at."""
+    try:
+        return bool(condition.all())
+    except RuntimeError:  # under torch.func.vmap
+        return True

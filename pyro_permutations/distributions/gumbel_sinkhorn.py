@@ -1,0 +1,245 @@
+# Copyright Contributors to the pyro_permutations project.
+# SPDX-License-Identifier: Apache-2.0
+"""The Gumbel-Sinkhorn distribution, and its child with hard samples."""
+
+from __future__ import annotations
+
+__all__ = ["GumbelSinkhorn", "GumbelSinkhornStraightThrough"]
+
+from collections.abc import Sequence
+
+import torch
+from pyro.distributions import TransformedDistribution
+from torch import Tensor
+from torch.distributions.constraints import (
+    Constraint,
+    dependent_property,
+    independent,
+    positive,
+    real,
+)
+from torch.distributions.transforms import Transform
+
+from pyro_permutations.carried_log import log_of
+from pyro_permutations.distributions.gumbel_contrasts import (
+    GumbelContrasts,
+    holds,
+    scores_on_graph,
+)
+from pyro_permutations.matching import matching
+from pyro_permutations.matching_graph import MatchingGraph
+from pyro_permutations.transforms import BirkhoffTransform, HardenTransform
+
+
+class GumbelSinkhorn(TransformedDistribution):
+    r"""A relaxed distribution over permutations: Sinkhorn of scores with Gumbel noise.
+
+    .. math:: P = S\big((X + \epsilon) / \tau\big), \qquad
+        \epsilon_{ij} \sim \text{Gumbel}(0, 1)
+
+    P is doubly stochastic, and nearly a permutation matrix at low temperature; ``P[i,
+    j]`` near one says that row item i is matched to column item j. As :math:`\tau \to
+    0` it tends to the best matching of the noisy scores, M(X + noise).
+
+    The density is with respect to Lebesgue measure on the free cells: for a full matrix
+    the upper left (n - 1) x (n - 1) block, with a mask the allowed cells off a spanning
+    forest; any choice of free cells gives the same density. With E the allowed cells
+    and :math:`M = X - \tau \log P`, it is
+
+    .. math:: \log p(P) = \dim \log \tau - \sum_E \log P + \log T(P) + \log I(M)
+
+    with T the weighted number of spanning forests (exact, by the matrix-tree theorem)
+    and I the integral of the noise density over row and column shifts, see
+    :class:`GumbelContrasts`. Only I is approximate: :meth:`log_prob_error`.
+
+    A sample carries its log, so ``log_prob`` of the distribution's own samples, and of
+    a guide's sample in a model, is right where entries have underflowed. Copies of a
+    sample lose it: see :func:`~pyro_permutations.transforms.log_of`.
+
+    Args:
+        logits: Scores X of shape ``(*batch, n, n)``: log weights, before the division
+            by the temperature. Entries of ``-inf`` forbid pairs.
+        temperature: Positive; a scalar, or of a shape that broadcasts with the batch.
+        mask: Allowed pairs, bool, of shape ``(*batch, n, n)``, or a
+            :class:`~pyro_permutations.matching_graph.MatchingGraph`. Forbidden pairs
+            are exactly zero in every sample, and so is their gradient. A known pair is
+            one that is alone in its row and column.
+        density_samples: Importance samples that refine the density, drawn once from
+            a generator of their own.
+
+    Raises:
+        ValueError: If logits are not square, or are NaN or ``+inf``; if the temperature
+            is not positive and finite, or does not broadcast; if the mask has another
+            shape or type, or if it has no perfect matching.
+
+    References:
+        Mena, Belanger, Linderman and Snoek, "Learning latent permutations with
+        Gumbel-Sinkhorn networks" (2018), https://arxiv.org/abs/1802.08665.
+
+    Example:
+        >>> d = GumbelSinkhorn(torch.tensor([[9.0, 0.0], [0.0, 9.0]]), 0.1)
+        >>> P = d.rsample()
+        >>> P.sum(-1), P.sum(-2)
+        (tensor([1., 1.]), tensor([1., 1.]))
+        >>> d.mode
+        tensor([[1., 0.],
+                [0., 1.]])
+        >>> x = torch.tensor([[0.7, 0.3], [0.3, 0.7]])
+        >>> GumbelSinkhorn(torch.tensor([[0.3, -0.5], [0.2, 0.9]]), 1.0).log_prob(x)
+        tensor(0.4583)
+    """
+
+    arg_constraints = {  # noqa: RUF012
+        "logits": independent(real, 2),
+        "temperature": positive,
+    }
+    has_rsample = True
+    _validate_args: bool
+
+    def __init__(
+        self,
+        logits: Tensor,  # (*batch, n, n)
+        temperature: Tensor | float,  # () or (*batch)
+        *,
+        mask: Tensor | MatchingGraph | None = None,  # (*batch, n, n) bool
+        density_samples: int = 0,
+        validate_args: bool | None = None,
+    ) -> None:
+        validate = self._validate_args if validate_args is None else validate_args
+        logits, self.graph = scores_on_graph(logits, mask, validate)
+        self.temperature = torch.as_tensor(
+            temperature, dtype=logits.dtype, device=logits.device
+        )
+        if validate:
+            _check_temperature(self.temperature)
+        batch_shape = torch.broadcast_shapes(logits.shape[:-2], self.graph.batch_shape)
+        try:
+            batch_shape = torch.broadcast_shapes(batch_shape, self.temperature.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"temperature has shape {tuple(self.temperature.shape)}, which does "
+                f"not broadcast with the batch shape {tuple(batch_shape)} of logits "
+                "and mask. Pass a scalar or one temperature per batch element."
+            ) from None
+        self.logits = logits.expand(batch_shape + logits.shape[-2:])
+        self.density_samples = density_samples
+        base = GumbelContrasts(
+            self.logits,
+            mask=self.graph,
+            density_samples=density_samples,
+            validate_args=validate_args,
+        )
+        # Checked above, in one pass, and for empty batches too.
+        super().__init__(base, self._make_transforms(), validate_args=False)
+        self._validate_args = validate
+
+    def _make_transforms(self) -> list[Transform]:
+        mask = None if self.graph.is_full else self.graph
+        return [BirkhoffTransform(self.temperature, mask)]
+
+    @dependent_property(is_discrete=False, event_dim=2)
+    def support(self) -> Constraint:
+        """Doubly stochastic matrices on the cells that the mask leaves."""
+        codomain: Constraint = self.transforms[-1].codomain
+        return codomain
+
+    @property
+    def mode(self) -> Tensor:  # (*batch, n, n)
+        """The best matching of the logits, a permutation matrix.
+
+        It is the most likely hard matching of the noise-free scores, not the maximum
+        of the density, which has none inside the polytope.
+        """
+        return matching(self.logits, mask=self.graph)
+
+    def expand(
+        self, batch_shape: Sequence[int], _instance: GumbelSinkhorn | None = None
+    ) -> GumbelSinkhorn:
+        """Return the distribution with a larger batch, on the same mask."""
+        new: GumbelSinkhorn = self._get_checked_instance(GumbelSinkhorn, _instance)
+        batch_shape = torch.Size(batch_shape)
+        new.graph, new.density_samples = self.graph, self.density_samples
+        new.logits = self.logits.expand(batch_shape + self.event_shape)
+        new.temperature = self.temperature
+        if self.temperature.dim():
+            new.temperature = self.temperature.expand(batch_shape)
+        super().expand(batch_shape, _instance=new)
+        return new
+
+    def log_prob(
+        self,
+        value: Tensor,  # (*sample, *batch, n, n)
+    ) -> Tensor:  # (*sample, *batch)
+        """Log density with respect to Lebesgue measure on the free cells."""
+        if self._validate_args:
+            self._validate_sample(value)
+        log_density, _ = self._log_density(value)
+        return log_density.to(torch.promote_types(value.dtype, self.logits.dtype))
+
+    def log_prob_error(
+        self,
+        value: Tensor,  # (*sample, *batch, n, n)
+    ) -> Tensor:  # (*sample, *batch)
+        """Estimate the absolute error of :meth:`log_prob`, in nats.
+
+        It is about .01 at draws of the distribution itself, and can be several nats far
+        out in its tails: there, ask for ``density_samples``.
+        """
+        _, error = self._log_density(value)
+        return error.to(torch.promote_types(value.dtype, self.logits.dtype))
+
+    def _log_density(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        # As the base and the transforms do it, but in float64 from end to end: two
+        # terms that nearly cancel can be in the tens of thousands.
+        birkhoff = self.transforms[0]
+        log_P = log_of(value, self.graph)
+        log_integral, error = self.base_dist._log_density(birkhoff.scores(log_P))
+        return log_integral - birkhoff.log_volume(log_P), error
+
+    @classmethod
+    def infer_shapes(
+        cls,
+        logits: Sequence[int],
+        temperature: Sequence[int] = (),
+        mask: Sequence[int] | None = None,
+    ) -> tuple[torch.Size, torch.Size]:
+        """Batch and event shape for given shapes of the arguments."""
+        batch_shape, event_shape = GumbelContrasts.infer_shapes(logits, mask)
+        return torch.broadcast_shapes(batch_shape, tuple(temperature)), event_shape
+
+
+class GumbelSinkhornStraightThrough(GumbelSinkhorn):
+    """:class:`GumbelSinkhorn` with hard samples and the gradient of the relaxed ones.
+
+    A value is exactly a permutation matrix, the best matching of the noisy scores; its
+    gradient is that of the relaxed matrix that it was made from, whose log it carries.
+    ``log_prob`` is the relaxed density at that matrix, so it can stand in a guide and
+    a model as :class:`GumbelSinkhorn` can; it is not a probability of the permutation.
+    Arguments are those of :class:`GumbelSinkhorn`.
+
+    References:
+        Bengio, Léonard and Courville, "Estimating or propagating gradients through
+        stochastic neurons" (2013), https://arxiv.org/abs/1308.3432.
+
+    Example:
+        >>> logits = torch.tensor([[9.0, 0.0], [0.0, 9.0]], requires_grad=True)
+        >>> P = GumbelSinkhornStraightThrough(logits, 1.0).rsample()
+        >>> P.detach()
+        tensor([[1., 0.],
+                [0., 1.]])
+        >>> torch.autograd.grad(P[0, 0], logits)[0].abs().max() > 0
+        tensor(True)
+    """
+
+    def _make_transforms(self) -> list[Transform]:
+        mask = None if self.graph.is_full else self.graph
+        return [*super()._make_transforms(), HardenTransform(mask)]
+
+
+def _check_temperature(temperature: Tensor) -> None:
+    if not holds((temperature > 0) & (temperature < torch.inf)):
+        raise ValueError(
+            f"temperature must be positive and finite, got {temperature.tolist()}. For "
+            "the limit of zero, the hard matching, use matching(logits) or the "
+            "distribution's mode."
+        )

@@ -1,0 +1,197 @@
+# Copyright Contributors to the pyro_permutations project.
+# SPDX-License-Identifier: Apache-2.0
+"""The integral over row and column shifts: the density of Gumbel contrasts."""
+
+from __future__ import annotations
+
+__all__ = ["log_shift_integral"]
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.shift_integral_cubature import cubature
+from pyro_permutations.shift_integral_series import laplace_series
+from pyro_permutations.sinkhorn import log_sinkhorn
+
+# The series needs rows and columns of at least this many cells; where some have fewer,
+# components of at most so many rows are sampled. In more dimensions points are too few.
+_THIN = 4
+_MOST_ROWS = 32
+
+
+def log_shift_integral(
+    scores: Tensor,  # (*lead, n, n)
+    graph: MatchingGraph,
+    *,
+    samples: int = 0,
+) -> tuple[Tensor, Tensor]:  # (*lead,), (*lead,)
+    r"""Log density of the contrasts of Gumbel noise, and an estimate of its error.
+
+    .. math::
+        \log \int \prod_{(i,j) \in E} g(M_{ij} - u_i - v_j) \, du \, dv,
+        \qquad g(x) = e^{x - e^x}
+
+    over all row shifts u and over all column shifts v but one per connected component
+    of E. With M = X - Z this is the log density, at the contrasts Z, of the contrasts
+    of X + standard Gumbel noise. Adding a constant to a row or a column of M changes
+    nothing. Every connected component is integrated by itself:
+
+    =============================== ==================================== ==============
+    rows of the component           method                               error (nats)
+    =============================== ==================================== ==============
+    1                               the integral is one                  none
+    2                               closed form                          1e-13
+    3, 4                            Gauss-Hermite where 12 and 16 nodes  1e-5
+                                    a dimension agree, else importance
+                                    sampling                             .01
+    5 and more                      Laplace with second order            .004
+    5 to 32, thin                   importance sampling                  .01
+    =============================== ==================================== ==============
+
+    A component is thin if a row or column of it has fewer than four cells. The errors
+    are those at the distribution's own draws, where exp(M) is a matrix of independent
+    standard exponentials up to shifts. Elsewhere, say for a flat prior at a draw of a
+    sharp guide, the series can be off by a nat or several, and the error estimate says
+    so; ``samples`` then buys a better value.
+
+    Args:
+        scores: M in float64, ``(*lead, n, n)``; entries outside the support of the
+            graph are ignored.
+        graph: What a mask allows; its batch broadcasts against the last dimensions of
+            ``lead``.
+        samples: If positive, importance sampling with so many points in each of two
+            rounds replaces the series. With 4096 points a flat prior at draws of
+            guides with logits of variance 1 to 4 is right to .005 (n = 3 to 20), of
+            variance 25 to 100 to .02.
+
+    Returns:
+        The logarithm, deterministic and twice differentiable in the scores, and the
+        estimate of its error, which carries no gradient.
+
+    Example:
+        >>> graph = matching_graph(None, (2, 2))
+        >>> scores = torch.zeros(2, 2, dtype=torch.float64)
+        >>> value, _ = log_shift_integral(scores, graph)  # two logistics sum to zero
+        >>> round(float(value.exp()), 6)
+        0.166667
+    """
+    n = graph.shape[-1]
+    lead = torch.broadcast_shapes(scores.shape[:-2], graph.batch_shape)
+    scores = torch.where(graph.support, scores.double(), 0.0).expand(*lead, n, n)
+    if graph.is_full and n > 1:
+        log_q = _scaled(scores, graph) if n > 2 else scores
+        return _component(scores, log_q, graph, False, samples)
+    outer = len(lead) - len(graph.batch_shape)
+    graph = graph.expand(lead[outer:])
+    parts = _parts(graph, str(graph.device))
+    log_q = scores
+    if any(part.columns.shape[-1] > 2 for part in parts):
+        log_q = _scaled(scores, graph)
+    # One dimension that the graph does not know, one that it does.
+    flat = (math.prod(lead[:outer]), math.prod(lead[outer:]))
+    scores, log_q = (x.reshape(*flat, n, n) for x in (scores, log_q))
+    value = scores[..., 0, 0] * 0  # what decided cells give: nothing, nor a gradient
+    error = torch.zeros_like(value).detach()
+    for part in parts:
+        i, j = part.rows[:, :, None], part.columns[:, None, :]
+        at = (slice(None), part.element[:, None, None], i, j)
+        v, e = _component(scores[at], log_q[at], part.graph, part.thin, samples)
+        value = value.index_add(1, part.element, v)
+        error = error.index_add(1, part.element, e)
+    return value.reshape(lead), error.reshape(lead)
+
+
+class _Part(NamedTuple):
+    """Components of one size and one kind, s rows and s columns each."""
+
+    element: Tensor  # (C,) long, flat index into the graph's batch
+    rows: Tensor  # (C, s) long
+    columns: Tensor  # (C, s) long
+    graph: MatchingGraph  # batch (C,), each of one component
+    thin: bool
+
+
+@lru_cache(maxsize=64)
+def _parts(graph: MatchingGraph, device: str) -> list[_Part]:
+    """The components of a graph, apart by size and by whether they are thin."""
+    parts = []
+    for group in graph.components():
+        # Under torch.func transforms tensors have no storage, but arrays can be made.
+        arrays = [np.array(x.tolist()) for x in group]
+        mask = arrays[-1]
+        size = mask.shape[-1]
+        fewest = np.minimum(mask.sum(-1).min(-1), mask.sum(-2).min(-1))
+        thin = (fewest < _THIN) & (size > 4)
+        for kind in np.unique(thin).tolist():
+            chosen = thin == kind
+            # The list outlives the mode in which it was first asked for.
+            with torch.inference_mode(False):
+                element, rows, columns, cells = (
+                    torch.from_numpy(x[chosen]).to(device) for x in arrays
+                )
+            inner = matching_graph(cells, (size, size))
+            parts.append(_Part(element, rows, columns, inner, kind))
+    return parts
+
+
+def _scaled(scores: Tensor, graph: MatchingGraph) -> Tensor:
+    """Scores shifted to rows and columns whose mean is one; the integral's mode."""
+    counts = graph.row_counts.double(), graph.column_counts.double()
+    return log_sinkhorn(scores, mask=graph, marginals=counts)
+
+
+def _component(
+    scores: Tensor, log_q: Tensor, graph: MatchingGraph, thin: bool, samples: int
+) -> tuple[Tensor, Tensor]:
+    """Value and error of connected components (*batch, s, s), s >= 2."""
+    size = log_q.shape[-1]
+    if size == 2:
+        value = _log_two_logistics(
+            scores[..., 0, 0]
+            - scores[..., 0, 1]
+            - scores[..., 1, 0]
+            + scores[..., 1, 1]
+        )
+        return value, torch.zeros_like(value).detach()
+    if size <= 4 or samples or (thin and size <= _MOST_ROWS):
+        return cubature(log_q, graph, samples=samples)
+    return laplace_series(log_q, graph)
+
+
+# The density of a sum of two logistic variables, as a series in the square.
+_SERIES = (
+    1 / 6,
+    -1 / 60,
+    1 / 1008,
+    -1 / 21600,
+    1 / 532224,
+    -691 / 9906624000,
+    1 / 410572800,
+    -3617 / 44460928512000,
+)
+
+
+def _log_two_logistics(z: Tensor) -> Tensor:
+    r"""Log density at z of the sum of two standard logistic variables.
+
+    .. math:: f(z) = \frac{(z - 2) + (z + 2) e^{-z}}{e^z (1 - e^{-z})^3}, \quad z > 0
+
+    Numerator and denominator vanish together at zero; below 1/2 the Taylor series is
+    used, right to 1e-16.
+    """
+    z = z.abs()
+    small = z < 0.5
+    square = torch.where(small, z, 0.0).square()
+    series = torch.zeros_like(square)
+    for coefficient in reversed(_SERIES):
+        series = series * square + coefficient
+    safe = torch.where(small, 1.0, z)
+    decay = (-safe).exp()
+    far = (safe - 2 + (safe + 2) * decay).log() - safe - 3 * torch.log1p(-decay)
+    return torch.where(small, series.log(), far)

@@ -1,0 +1,205 @@
+# Copyright Contributors to the pyro_permutations project.
+# SPDX-License-Identifier: Apache-2.0
+"""The Sinkhorn operator S(X / tau), converged, with the gradient of its limit."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.sinkhorn_solvers import solve
+from pyro_permutations.spanning_trees import currents, to_front
+from pyro_permutations.warnings import ConvergenceWarning
+
+__all__ = ["log_sinkhorn", "sinkhorn"]
+
+# A row or column sum may be off by this much unless the caller says otherwise.
+_TOLERANCE = 1e-6
+
+
+def log_sinkhorn(
+    logits: Tensor,  # (*batch, n, n)
+    temperature: Tensor | float = 1.0,  # () or (*batch)
+    *,
+    mask: Tensor | MatchingGraph | None = None,  # (*batch, n, n)
+    marginals: tuple[Tensor, Tensor] | None = None,  # (*batch, n), (*batch, n)
+    tol: float | None = None,
+) -> Tensor:  # (*batch, n, n)
+    r"""Log of the matrix of given row and column sums that is nearest to the scores.
+
+    .. math:: \log P_{ij} = X_{ij} / \tau + f_i + g_j, \quad
+        \textstyle\sum_j P_{ij} = \sum_i P_{ij} = 1
+
+    the limit of normalising rows and columns of ``exp(logits / temperature)`` in turn
+    (Sinkhorn, 1964), reached by Newton's method at falling temperatures. The potentials
+    f, g are converged relative to the mass that is left off the best matching, so that
+    small entries have right logarithms too. All arithmetic is in float64.
+
+    The gradient is that of the limit, from the implicit function theorem: one solve,
+    whose memory does not depend on the number of steps. It can be differentiated
+    again and mapped by ``torch.func.vmap``.
+
+    Args:
+        logits: Scores (log weights before they are divided by the temperature),
+            ``(*batch, n, n)``. ``-inf`` forbids a pair; NaN and ``inf`` raise.
+        temperature: Positive, a scalar or of batch shape.
+        mask: Boolean, True where a pair is allowed; or what :func:`matching_graph`
+            makes of it.
+        marginals: Row and column sums, ones by default. No gradient flows into them.
+        tol: The largest error of a row or column sum that passes without a
+            ``ConvergenceWarning``; 1e-6 by default. The solver stops at rounding
+            (usually 1e-12), whatever it is.
+
+    Returns:
+        log P in the dtype of ``logits``, ``-inf`` on forbidden pairs and on those that
+        no perfect matching can use.
+
+    Raises:
+        ValueError: If logits are NaN or ``inf``, the temperature is not positive and
+            finite, or the mask allows no perfect matching.
+
+    Example:
+        >>> log_sinkhorn(torch.tensor([[0.0, -1.0], [-3.0, 0.0]]), 0.01)
+        tensor([[   0., -200.],
+                [-200.,    0.]])
+    """
+    if not torch.is_tensor(logits) or logits.dim() < 2:
+        raise ValueError("logits must be a tensor of shape (*batch, n, n).")
+    shape = (logits.shape[-2], logits.shape[-1])
+    if shape[0] != shape[1]:
+        raise ValueError(
+            f"logits must be square, but have shape {tuple(logits.shape)}: every row "
+            "is matched to one column and every column to one row."
+        )
+    scores = logits.double()
+    forbidden = logits == -torch.inf
+    if _any(forbidden):
+        given = matching_graph(mask, shape, logits.device).allowed
+        mask = given & ~forbidden
+        scores = torch.where(forbidden, 0.0, scores)
+    graph = matching_graph(mask, shape, logits.device)
+    scores = scores / _checked_temperature(temperature, scores)
+    lead = torch.broadcast_shapes(scores.shape[:-2], graph.batch_shape)
+    if marginals is not None:
+        lead = torch.broadcast_shapes(lead, *(x.shape[:-1] for x in marginals))
+        rows, columns = _checked_marginals(*marginals)
+    else:
+        rows = columns = torch.ones(shape[-1], dtype=torch.float64, device=graph.device)
+    rows, columns = rows[..., :, None], columns[..., None, :]
+    scores = scores.expand(*lead, *shape)
+    log_p = _LogSinkhorn.apply(  # type: ignore[no-untyped-call]
+        scores, graph, rows, columns, _TOLERANCE if tol is None else tol
+    )
+    return log_p.to(logits.dtype)  # type: ignore[no-any-return]
+
+
+def sinkhorn(
+    logits: Tensor,  # (*batch, n, n)
+    temperature: Tensor | float = 1.0,  # () or (*batch)
+    *,
+    mask: Tensor | MatchingGraph | None = None,  # (*batch, n, n)
+    marginals: tuple[Tensor, Tensor] | None = None,  # (*batch, n), (*batch, n)
+    tol: float | None = None,
+) -> Tensor:  # (*batch, n, n)
+    r"""The Sinkhorn operator: a doubly stochastic matrix from scores.
+
+    ``exp(log_sinkhorn(...))``: each row and each column sums to one (not to 1/n), and
+    forbidden pairs are exactly zero. As the temperature falls it tends to
+    :func:`matching`, the best permutation matrix. See :func:`log_sinkhorn`.
+
+    References:
+        Sinkhorn, "A relationship between arbitrary positive matrices and doubly
+        stochastic matrices" (1964). Mena, Belanger, Linderman and Snoek, "Learning
+        latent permutations with Gumbel-Sinkhorn networks" (2018).
+
+    Example:
+        >>> sinkhorn(torch.zeros(2, 2))
+        tensor([[0.5000, 0.5000],
+                [0.5000, 0.5000]])
+    """
+    wide = log_sinkhorn(
+        logits.double(), temperature, mask=mask, marginals=marginals, tol=tol
+    )
+    return wide.exp().to(logits.dtype)
+
+
+class _LogSinkhorn(torch.autograd.Function):
+    """The limit, and its derivative d log P = dX - (what the potentials take up)."""
+
+    @staticmethod
+    def forward(
+        scores: Tensor, graph: MatchingGraph, rows: Tensor, columns: Tensor, tol: float
+    ) -> Tensor:
+        if not bool(torch.isfinite(scores.sum())) and not bool(
+            torch.isfinite(scores).all()
+        ):
+            raise ValueError(
+                "logits must be finite or -inf (a forbidden pair), but some are NaN or "
+                "+inf, or overflow when they are divided by the temperature."
+            )
+        n, m = scores.shape[-2:]
+        lead = scores.shape[:-2]
+        if not graph.is_full:
+            scores = torch.where(graph.support, scores, -torch.inf)
+        solution = solve(
+            scores.reshape(-1, n, m),
+            rows.expand(*lead, n, 1).reshape(-1, n),
+            columns.expand(*lead, 1, m).reshape(-1, m),
+            graph.root.expand(*lead, m).reshape(-1, m),
+            tol,
+        )
+        if not solution.residual <= tol:
+            warning = ConvergenceWarning(solution.residual, solution.iterations, tol)
+            warnings.warn(warning, stacklevel=4)
+        return solution.log_p.reshape(scores.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.graph = inputs[1]
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        (log_p,) = ctx.saved_tensors
+        if not ctx.graph.is_full:
+            g = torch.where(ctx.graph.support, g, 0.0)
+        return g - currents(log_p, g, ctx.graph), None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _LogSinkhorn.apply(*to_front(info, in_dims, arguments)), 0  # type: ignore[no-untyped-call]
+
+
+def _any(condition: Tensor) -> bool:
+    """Whether any entry holds; False for tensors whose values cannot be looked at."""
+    try:
+        return bool(condition.any())
+    except RuntimeError:  # under torch.func.vmap
+        return False
+
+
+def _checked_marginals(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = rows.detach().double(), columns.detach().double()
+    totals = rows.sum(-1), columns.sum(-1)
+    if _any(~((rows > 0).all(-1) & (columns > 0).all(-1))):
+        raise ValueError("marginals must be positive row sums and column sums.")
+    if _any((totals[0] - totals[1]).abs() > 1e-9 * totals[0]):
+        raise ValueError(
+            f"marginals must have equal totals, but the row sums add up to {totals[0]} "
+            f"and the column sums to {totals[1]}."
+        )
+    return rows, columns
+
+
+def _checked_temperature(temperature: Tensor | float, like: Tensor) -> Tensor:
+    tau = torch.as_tensor(temperature, dtype=torch.float64, device=like.device)
+    if _any(~((tau > 0) & (tau < torch.inf))):
+        raise ValueError(
+            f"temperature must be positive and finite, but is {temperature}. For the "
+            "limit of zero use matching(logits)."
+        )
+    return tau[..., None, None]

@@ -1,0 +1,432 @@
+# Copyright Contributors to the pyro_permutations project.
+# SPDX-License-Identifier: Apache-2.0
+"""Between scores and doubly stochastic matrices, and a log that travels with a value.
+
+    vector --ContrastsTransform--> Z --BirkhoffTransform--> P --HardenTransform--> 0/1
+    (dim)    scores without shifts    (n, n)    doubly stochastic, (n, n)
+
+The first two are bijections: a doubly stochastic matrix is a score matrix up to a
+constant per row and per column. The last is one as long as a value carries its log.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BirkhoffTransform",
+    "ContrastsTransform",
+    "HardenTransform",
+    "SinkhornTransform",
+    "carry_log",
+    "log_of",
+]
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to, transform_to
+from torch.distributions.constraints import independent, real
+from torch.distributions.transforms import ComposeTransform, Transform
+from torch.nn.functional import pad
+
+from pyro_permutations.carried_log import carry_log, log_of
+from pyro_permutations.constraints import contrasts, doubly_stochastic
+from pyro_permutations.matching import matching
+from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.sinkhorn import log_sinkhorn
+from pyro_permutations.spanning_trees import log_spanning_trees
+
+Mask = Tensor | MatchingGraph | None
+
+
+class SinkhornTransform(Transform):
+    r"""Any score matrix to a doubly stochastic one, by the Sinkhorn operator.
+
+    .. math:: P = S(X) = \operatorname{diag}(u) \, e^{X} \operatorname{diag}(v)
+
+    The 2n - 1 row and column shifts of X do not matter, so this is not a bijection; it
+    is to :class:`BirkhoffTransform` what torch's ``SoftmaxTransform`` is to
+    ``StickBreakingTransform``: for coordinate-wise optimisers, and what
+    ``transform_to(doubly_stochastic)`` gives. Its inverse is the log of P, with zero on
+    forbidden cells.
+
+    Args:
+        mask: Shape ``(*batch, n, n)``, bool, True where a pair is allowed, or a
+            :class:`~pyro_permutations.matching_graph.MatchingGraph`.
+        cache_size: As in torch: 0, or 1 to remember the last pair.
+
+    Example:
+        >>> SinkhornTransform()(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+        tensor([[0.622, 0.378],
+                [0.378, 0.622]])
+    """
+
+    domain = independent(real, 2)
+
+    def __init__(self, mask: Mask = None, cache_size: int = 0) -> None:
+        super().__init__(cache_size=cache_size)
+        self.codomain = doubly_stochastic if mask is None else doubly_stochastic(mask)
+        self.graph = self.codomain.graph
+
+    def with_cache(self, cache_size: int = 1) -> SinkhornTransform:
+        """Return the transform with a cache of another size."""
+        if cache_size == self._cache_size:
+            return self
+        return SinkhornTransform(self.graph, cache_size)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SinkhornTransform) and self.codomain == other.codomain
+
+    def __hash__(self) -> int:
+        return hash((SinkhornTransform, self.codomain))
+
+    def _call(self, x: Tensor) -> Tensor:
+        graph = _graph(self.graph, x)
+        return _with_log(log_sinkhorn(x.double(), mask=graph), x.dtype)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        graph = _graph(self.graph, y)
+        return torch.where(graph.support, log_of(y, graph), 0).to(y.dtype)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """Shape of P for a shape of X: batches of masks broadcast."""
+        return _broadcast(shape, self.graph)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """Shape of X for a shape of P."""
+        return _broadcast(shape, self.graph)
+
+
+class BirkhoffTransform(Transform):
+    r"""Contrasts to doubly stochastic matrices: a bijection.
+
+    .. math:: P = S(Z / \tau), \qquad Z = \text{contrasts}(\tau \log P)
+
+    Z is a score matrix that is zero on a spanning forest of the allowed cells (in the
+    last row and column, with no mask) and P is inside the Birkhoff polytope. With E
+    the allowed cells, dim the number of free ones and T the weighted number of
+    spanning forests,
+
+    .. math:: \log |dP / dZ| = - \dim \log \tau + \sum_E \log P - \log T(P).
+
+    Both directions are exact up to the convergence of Sinkhorn. The determinant is that
+    of (free P, u, v) -> L with :math:`L_{ij} = \tau \log P_{ij} + u_i + v_j`, which is
+    :math:`\tau^{\dim} T(P) / \prod_E P` by the matrix-tree theorem, because
+    (Z, u, v) -> L has determinant one. P carries its log in float64 (:func:`log_of`).
+
+    Args:
+        temperature: Positive; a number, or a tensor of batch shape.
+        mask: Shape ``(*batch, n, n)``, bool, True where a pair is allowed, or a
+            :class:`~pyro_permutations.matching_graph.MatchingGraph`.
+        cache_size: As in torch: 0, or 1 to remember the last pair.
+
+    Example:
+        >>> transform = BirkhoffTransform(0.5)
+        >>> P = transform(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+        >>> P
+        tensor([[0.731, 0.269],
+                [0.269, 0.731]])
+        >>> transform.inv(P)
+        tensor([[1., 0.],
+                [0., 0.]])
+    """
+
+    bijective = True
+
+    def __init__(
+        self, temperature: float | Tensor, mask: Mask = None, cache_size: int = 0
+    ) -> None:
+        super().__init__(cache_size=cache_size)
+        self.temperature = temperature
+        self.codomain = doubly_stochastic if mask is None else doubly_stochastic(mask)
+        self.graph = self.codomain.graph
+        self.domain = contrasts(self.graph)
+
+    def with_cache(self, cache_size: int = 1) -> BirkhoffTransform:
+        """Return the transform with a cache of another size."""
+        if cache_size == self._cache_size:
+            return self
+        return BirkhoffTransform(self.temperature, self.graph, cache_size)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, BirkhoffTransform)
+            and self.codomain == other.codomain
+            and (
+                self.temperature is other.temperature
+                or torch.equal(
+                    torch.as_tensor(self.temperature, dtype=torch.float64),
+                    torch.as_tensor(other.temperature, dtype=torch.float64),
+                )
+            )
+        )
+
+    def __hash__(self) -> int:
+        return hash((BirkhoffTransform, self.codomain))
+
+    def _call(self, x: Tensor) -> Tensor:
+        graph = _graph(self.graph, x)
+        return _with_log(log_sinkhorn(x.double(), self._tau(x), mask=graph), x.dtype)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        graph = _graph(self.graph, y)
+        return graph.contrasts(self.scores(log_of(y, graph))).to(y.dtype)
+
+    def log_abs_det_jacobian(
+        self,
+        x: Tensor,  # (*lead, n, n)
+        y: Tensor,  # (*lead, n, n)
+    ) -> Tensor:  # (*lead,)
+        """The log of the volume change, with respect to the free cells."""
+        return self.log_volume(log_of(y, _graph(self.graph, y))).to(y.dtype)
+
+    def scores(
+        self,
+        log_P: Tensor,  # (*lead, n, n) float64
+    ) -> Tensor:  # (*lead, n, n) float64
+        """Scores, up to row and column shifts, of which P is the image."""
+        graph = _graph(self.graph, log_P)
+        # Zero in place of -inf before the product: 0 * -inf is NaN.
+        finite = torch.where(graph.support, log_P, 0)
+        return self._tau(log_P)[..., None, None] * finite
+
+    def log_volume(
+        self,
+        log_P: Tensor,  # (*lead, n, n) float64
+    ) -> Tensor:  # (*lead,) float64
+        """The same from log P, in its precision."""
+        graph = _graph(self.graph, log_P)
+        total = torch.where(graph.support, log_P, 0).sum((-2, -1))
+        scale = graph.dim * self._tau(log_P).log()
+        return total - log_spanning_trees(log_P, graph) - scale
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """Shape of P for a shape of Z: batches of masks and temperatures broadcast."""
+        tau = torch.as_tensor(self.temperature).shape
+        return _broadcast(shape, self.graph, tau)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """Shape of Z for a shape of P."""
+        return self.forward_shape(shape)
+
+    def _tau(self, like: Tensor) -> Tensor:
+        return torch.as_tensor(
+            self.temperature, dtype=torch.float64, device=like.device
+        )
+
+
+class ContrastsTransform(Transform):
+    r"""A vector of free numbers to a matrix of contrasts: puts them on the free cells.
+
+    The log-determinant is zero. With no mask the vector is the upper left block of
+    :math:`(n - 1)^2` cells, row by row, and n is taken from the length of the vector;
+    with a mask it is the free cells of its graph, in the same order.
+
+    Args:
+        mask: Shape ``(*batch, n, n)``, bool, True where a pair is allowed, or a
+            :class:`~pyro_permutations.matching_graph.MatchingGraph`. The free cells of
+            batch elements may differ in place, but not in number.
+        cache_size: As in torch: 0, or 1 to remember the last pair.
+
+    Raises:
+        NotImplementedError: If batch elements have different numbers of free cells.
+
+    Example:
+        >>> ContrastsTransform()(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        tensor([[1., 2., 0.],
+                [3., 4., 0.],
+                [0., 0., 0.]])
+    """
+
+    domain = independent(real, 1)
+    bijective = True
+
+    def __init__(self, mask: Mask = None, cache_size: int = 0) -> None:
+        super().__init__(cache_size=cache_size)
+        self.codomain = contrasts(mask)
+        self.graph = graph = self.codomain.graph
+        if graph is not None:
+            self._dim = int(graph.dim.max()) if graph.dim.numel() else 0
+            if (graph.dim != self._dim).any():
+                raise NotImplementedError(
+                    "the masks of this batch have different numbers of free cells "
+                    f"({int(graph.dim.min())} to {self._dim}), so their elements "
+                    "cannot share one unconstrained vector. Use a GumbelSinkhorn guide "
+                    "for this site, or one site per mask."
+                )
+            # Free cells first, each kind in its order: the first dim are the free ones.
+            order = (
+                (~graph.free).flatten(-2).to(torch.int8).argsort(dim=-1, stable=True)
+            )
+            self._cells = order[..., : self._dim]
+
+    def with_cache(self, cache_size: int = 1) -> ContrastsTransform:
+        """Return the transform with a cache of another size."""
+        if cache_size == self._cache_size:
+            return self
+        return ContrastsTransform(self.graph, cache_size)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ContrastsTransform) and self.codomain == other.codomain
+
+    def __hash__(self) -> int:
+        return hash((ContrastsTransform, self.codomain))
+
+    def _call(self, x: Tensor) -> Tensor:
+        shape = self.forward_shape(x.shape)
+        if self.graph is None:
+            block = x.reshape((*x.shape[:-1], shape[-1] - 1, shape[-1] - 1))
+            return pad(block, (0, 1, 0, 1))
+        cells, flat = self._cells.to(x.device), shape[-2] * shape[-1]
+        zeros = x.new_zeros((*shape[:-2], flat))
+        cells = cells.expand((*shape[:-2], self._dim))
+        return zeros.scatter(-1, cells, x.expand(cells.shape)).reshape(shape)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        shape = self.inverse_shape(y.shape)
+        if self.graph is None:
+            return y[..., :-1, :-1].reshape(shape)
+        cells = self._cells.to(y.device).expand(shape)
+        return y.flatten(-2).expand((*shape[:-1], -1)).gather(-1, cells)
+
+    def log_abs_det_jacobian(
+        self,
+        x: Tensor,  # (*lead, dim)
+        y: Tensor,  # (*lead, n, n)
+    ) -> Tensor:  # (*lead,)
+        """Zero: cells are copied."""
+        return y.new_zeros(y.shape[:-2])
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """Shape of Z for a shape of the vector."""
+        if len(shape) < 1:
+            raise ValueError("expected a shape (*batch, dim), got ().")
+        graph, dim = self.graph, shape[-1]
+        if graph is None:
+            n = math.isqrt(dim) + 1
+            if (n - 1) ** 2 != dim:
+                raise ValueError(
+                    f"a vector of length {dim} is not the contrasts of a square "
+                    "matrix: expected a length of (n - 1)^2, that is 0, 1, 4, 9, ..."
+                )
+            return torch.Size((*shape[:-1], n, n))
+        if dim != self._dim:
+            raise ValueError(
+                f"a vector of length {dim} does not fit a mask with {self._dim} free "
+                f"cells. Pass vectors of length {self._dim}."
+            )
+        lead = torch.broadcast_shapes(shape[:-1], graph.batch_shape)
+        return torch.Size(lead + graph.shape)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """Shape of the vector for a shape of Z."""
+        _check_square(shape)
+        graph = self.graph
+        if graph is None:
+            return torch.Size((*shape[:-2], (shape[-2] - 1) * (shape[-1] - 1)))
+        lead = torch.broadcast_shapes(shape[:-2], graph.batch_shape)
+        return torch.Size((*lead, self._dim))
+
+
+class HardenTransform(Transform):
+    """A doubly stochastic matrix to its best matching, with the gradient of the former.
+
+    The value is exactly 0 or 1 and carries the log of what it was made from, so this
+    has an inverse; its log-determinant is zero. Densities are therefore those of the
+    relaxed value. A permutation matrix that carries no log is its own inverse.
+
+    Args:
+        mask: Shape ``(*batch, n, n)``, bool, True where a pair is allowed, or a
+            :class:`~pyro_permutations.matching_graph.MatchingGraph`.
+        cache_size: As in torch: 0, or 1 to remember the last pair.
+
+    Example:
+        >>> P = SinkhornTransform()(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+        >>> hard = HardenTransform()(P)
+        >>> hard
+        tensor([[1., 0.],
+                [0., 1.]])
+        >>> HardenTransform().inv(hard)
+        tensor([[0.622, 0.378],
+                [0.378, 0.622]])
+    """
+
+    bijective = True
+
+    def __init__(self, mask: Mask = None, cache_size: int = 0) -> None:
+        super().__init__(cache_size=cache_size)
+        self.domain = doubly_stochastic if mask is None else doubly_stochastic(mask)
+        self.codomain, self.graph = self.domain, self.domain.graph
+
+    def with_cache(self, cache_size: int = 1) -> HardenTransform:
+        """Return the transform with a cache of another size."""
+        if cache_size == self._cache_size:
+            return self
+        return HardenTransform(self.graph, cache_size)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HardenTransform) and self.codomain == other.codomain
+
+    def __hash__(self) -> int:
+        return hash((HardenTransform, self.codomain))
+
+    def _call(self, x: Tensor) -> Tensor:
+        graph = _graph(self.graph, x)
+        log_P = log_of(x, graph)
+        # Of log P, not of P: that is the matching of the scores, M(X + noise).
+        hard = matching(log_P, mask=graph).to(x.dtype)
+        # In this order the bracket is exactly zero, and the sum exactly 0 or 1.
+        return carry_log(hard + (x - x.detach()), log_P)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return _with_log(log_of(y, _graph(self.graph, y)), y.dtype)
+
+    def log_abs_det_jacobian(
+        self,
+        x: Tensor,  # (*lead, n, n)
+        y: Tensor,  # (*lead, n, n)
+    ) -> Tensor:  # (*lead,)
+        """Zero: the density is that of the relaxed value."""
+        return y.new_zeros(y.shape[:-2])
+
+
+def _with_log(log_P: Tensor, dtype: torch.dtype) -> Tensor:
+    return carry_log(log_P.exp().to(dtype), log_P)
+
+
+def _graph(graph: MatchingGraph | None, value: Tensor) -> MatchingGraph:
+    return matching_graph(graph, (value.shape[-2], value.shape[-1]), value.device)
+
+
+def _broadcast(
+    shape: torch.Size, graph: MatchingGraph | None, *batch: torch.Size
+) -> torch.Size:
+    _check_square(shape)
+    masks = [] if graph is None else [graph.batch_shape]
+    lead = torch.broadcast_shapes(shape[:-2], *masks, *batch)
+    return torch.Size(lead + shape[-2:])
+
+
+def _check_square(shape: torch.Size) -> None:
+    if len(shape) < 2 or shape[-1] != shape[-2]:
+        raise ValueError(f"expected a shape (*batch, n, n), got {tuple(shape)}.")
+
+
+def _contrasts_for(constraint: Any) -> ContrastsTransform:
+    return ContrastsTransform(constraint.graph)
+
+
+def _bijection_for(constraint: Any) -> ComposeTransform:
+    birkhoff = BirkhoffTransform(1.0, constraint.graph)
+    return ComposeTransform([_contrasts_for(constraint), birkhoff])
+
+
+def _sinkhorn_for(constraint: Any) -> SinkhornTransform:
+    return SinkhornTransform(constraint.graph)
+
+
+biject_to.register(contrasts, _contrasts_for)
+transform_to.register(contrasts, _contrasts_for)
+biject_to.register(doubly_stochastic, _bijection_for)
+transform_to.register(doubly_stochastic, _sinkhorn_for)
