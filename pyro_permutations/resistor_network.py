@@ -13,9 +13,9 @@ from pyro_permutations.log_elimination import eliminate_in_logs
 
 __all__ = ["Network"]
 
-# The smallest pivot of the Jacobi-scaled Laplacian that Cholesky may meet: rounding in
-# the log-determinant is about 1e-16 over the pivot, so 1e-5 leaves 1e-11.
-_SMALLEST_PIVOT = 1e-5
+# The smallest pivot of the Jacobi-scaled Laplacian that Cholesky may meet: rounding is
+# about 1e-16 over the pivot, so this leaves 1e-10.
+_SMALLEST_PIVOT = 1e-6
 # Below this elimination may have lost conductances to underflow.
 _WEAKEST_PIVOT = 1e-250
 
@@ -45,7 +45,9 @@ class Network:
     def subset(self, index: Tensor) -> Network:
         return Network(self.log_weights[index], self.root[index])
 
-    def cholesky(self) -> tuple[Tensor, Tensor, Tensor]:
+    def cholesky(
+        self, smallest_pivot: float | Tensor = _SMALLEST_PIVOT
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Factor of the scaled, grounded Laplacian, its scaling, and who may use it."""
         ground = self.root.to(self.p.dtype)
         free = 1 - ground

@@ -4,7 +4,14 @@
 
 from __future__ import annotations
 
-__all__ = ["cubature", "gauss_hermite", "hessian", "importance", "raised_factor"]
+__all__ = [
+    "RIDGE",
+    "column_coupling",
+    "cubature",
+    "gauss_hermite",
+    "importance",
+    "raised_factor",
+]
 
 import math
 from functools import lru_cache
@@ -28,7 +35,7 @@ _AGREEMENT = 1e-3
 # Points times rows that are handled in one go: 32 MiB a tensor.
 _CHUNK = 2**22
 # See raised_factor.
-_RIDGE = 1e-4
+RIDGE = 1e-4
 # Row sums below this are read as this, where column shifts differ by over 345 nats: the
 # integrand is then too small, never too large. Its square is still a float64.
 _SMALLEST_SUM = 1e-150
@@ -58,7 +65,7 @@ def cubature(
         samples: Points of each round of sampling; 0 is 4096 (2048 in two and three
             dimensions, where no fewer are used).
     """
-    size, batch = log_q.shape[-1], log_q.shape[:-2]
+    size, batch = int(log_q.shape[-1]), log_q.shape[:-2]
     rows, columns = graph.row_counts.double(), graph.column_counts.double()
     start = torch.where(graph.support, log_q, 0.0).sum((-2, -1))
     start = start + (torch.lgamma(rows) - rows * rows.log()).sum(-1)
@@ -69,7 +76,7 @@ def cubature(
     step = max(1, _CHUNK // (points * size))
     pieces = [
         _blend(q[k : k + step], rows[k : k + step], columns[k : k + step], points)
-        for k in range(0, max(1, len(q)), step)
+        for k in range(0, max(1, int(q.shape[0])), step)
     ]
     value, error = (torch.cat(x).reshape(batch) for x in zip(*pieces, strict=True))
     return start + value, error
@@ -95,8 +102,8 @@ def gauss_hermite(
         columns: Counts c of cells per column; ``columns = rows @ q``.
         nodes: Nodes per dimension; the rule has ``nodes ** (n - 1)``.
     """
-    factor = raised_factor(hessian(q, rows), columns)
-    t, log_weights = _tensors(_hermite(nodes, q.shape[-1] - 1), q.device)
+    factor = raised_factor(column_coupling(q, rows), columns)
+    t, log_weights = _tensors(_hermite(nodes, int(q.shape[-1]) - 1), q.device)
     b = torch.linalg.solve_triangular(factor.mT, math.sqrt(2) * t.mT, upper=True).mT
     log_volume = -factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     exponent = _exponent(b, q, rows, columns) + log_weights
@@ -127,8 +134,8 @@ def importance(
         The value, and twice the standard error of independent points (Sobol points
         do better) plus the difference between the rounds.
     """
-    size = q.shape[-1] - 1
-    start = torch.cholesky_inverse(raised_factor(hessian(q, rows), columns))
+    size = int(q.shape[-1]) - 1
+    start = torch.cholesky_inverse(raised_factor(column_coupling(q, rows), columns))
     factor = torch.linalg.cholesky(1.5 * start)
     mean = q.new_zeros((*q.shape[:-2], 1, size))
     values = []
@@ -155,32 +162,31 @@ def importance(
     return values[1], (2 * standard_error + (values[1] - values[0]).abs()).detach()
 
 
-def hessian(
+def column_coupling(
     q: Tensor,  # (*batch, n, n)
     rows: Tensor,  # (*batch, n)
-) -> Tensor:  # (*batch, n - 1, n - 1)
-    """Minus the Hessian of F at the mode: a Laplacian without its last column.
-
-    Its diagonal is added up from the other entries, so that nothing cancels.
-    """
-    coupling = q.mT @ (rows[..., None] * q)
-    coupling = coupling - torch.diag_embed(coupling.diagonal(dim1=-2, dim2=-1))
-    laplacian = torch.diag_embed(coupling.sum(-1)) - coupling
-    return laplacian[..., :-1, :-1]
+) -> Tensor:  # (*batch, n, n)
+    """N = q' diag(r) q: minus the Hessian of F at the mode is diag(columns) - N."""
+    return q.mT @ (rows[..., None] * q)
 
 
 def raised_factor(
-    matrix: Tensor,  # (*batch, n - 1, n - 1)
+    coupling: Tensor,  # (*batch, n, n)
     columns: Tensor,  # (*batch, n)
 ) -> Tensor:  # (*batch, n - 1, n - 1)
-    """Cholesky factor of the Hessian with 1e-4 ``columns`` added to its diagonal.
+    """Cholesky factor of minus the Hessian, slightly raised, without the last column.
 
-    So no direction is wider than 100 nats over the root of the count. Where the
-    integrand is flat, the walls of exp(F), which fall exponentially, are closer than
-    the curvature says.
+    All pairs of columns are coupled by 1e-4 c_j c_k / sum(c) more, so that no
+    direction is wider than 100 nats over the root of the count. Where the integrand is
+    flat, the walls of exp(F), which fall exponentially, are closer than the curvature
+    says. The diagonal is added up from the other entries: nothing cancels.
     """
-    raised = matrix + torch.diag_embed(_RIDGE * columns[..., :-1])
-    factor: Tensor = torch.linalg.cholesky_ex(raised)[0]
+    more = columns[..., :, None] * columns[..., None, :]
+    total = columns.sum(-1)[..., None, None]
+    coupling = coupling + RIDGE * more / total
+    coupling = coupling - torch.diag_embed(coupling.diagonal(dim1=-2, dim2=-1))
+    laplacian = torch.diag_embed(coupling.sum(-1)) - coupling
+    factor: Tensor = torch.linalg.cholesky_ex(laplacian[..., :-1, :-1])[0]
     return factor
 
 

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from pyro_permutations.matching_graph import MatchingGraph
-from pyro_permutations.shift_integral_cubature import hessian, raised_factor
+from pyro_permutations.shift_integral_cubature import (
+    RIDGE,
+    column_coupling,
+    raised_factor,
+)
 from pyro_permutations.spanning_trees import log_spanning_trees
 
 # Far from any draw the correction is nothing but large. It is cut where its powers
@@ -60,13 +64,15 @@ def laplace_series(
     log_det = log_spanning_trees(log_q, graph) - rows.log().sum(-1)
     log_q = torch.where(graph.support, log_q, -torch.inf)
     q = (log_q - rows.log()[..., None]).exp()
-    factor = raised_factor(hessian(q, rows), columns)
+    coupling = column_coupling(q, rows)
+    factor = raised_factor(coupling, columns)
     raised = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     # Below .03 at own draws, where its square does no harm.
     flat = (raised - log_det).clamp_min(0)
     flat = flat.square() / (1 + flat)
     laplace = start + (size - 1) / 2 * math.log(2 * math.pi) - (log_det + flat) / 2
-    skew, rest = second_order(q, rows, columns, torch.cholesky_inverse(factor))
+    covariance = torch.cholesky_inverse(factor)
+    skew, rest = second_order(q, rows, columns, coupling, covariance)
     stirling = (1 / columns).sum(-1) / 12
     scale = (12 * stirling).sqrt()
     d = (skew + rest - stirling) / scale
@@ -81,6 +87,7 @@ def second_order(
     q: Tensor,  # (*batch, n, n)
     rows: Tensor,  # (*batch, n)
     columns: Tensor,  # (*batch, n)
+    coupling: Tensor,  # (*batch, n, n)
     covariance: Tensor,  # (*batch, n - 1, n - 1)
 ) -> tuple[Tensor, Tensor]:  # (*batch,), (*batch,)
     r"""The second-order correction to the log of Laplace's approximation.
@@ -98,38 +105,56 @@ def second_order(
         q: Rows that sum to one, zero outside the component's cells.
         rows: Counts r of cells per row.
         columns: Counts c of cells per column; ``columns = rows @ q``.
-        covariance: S without its last row and column, which are zero.
+        coupling: N = q' diag(r) q.
+        covariance: S without its last row and column, which are zero; the inverse of
+            what :func:`raised_factor` factors.
 
     Returns:
         The first line, which is positive, and the second.
     """
     s = torch.nn.functional.pad(covariance, (0, 1, 0, 1))
-    # K does not see a + b' added to S. Centring S keeps its entries as small as K's.
-    mean = s @ (columns / columns.sum(-1, keepdim=True))[..., None]
-    overall = (columns[..., None, :] @ mean) / columns.sum(-1)[..., None, None]
-    s = s - mean - mean.mT + overall
-    # K_ij,kl = S_jl - A_kj - A_il + B_ik; multiplied out, no sum runs over four
-    # indices: E[S_jl A_kj A_il], summed over rows, is S * W * W'.
+    # K does not see a + b' added to S. Centring S by w = c / sum(c) keeps its entries
+    # as small as K's, and then S H = 1 - 1 w' for the raised Hessian H, that is,
+    #     S N = f S diag(c) - 1 + 1 w',   f = 1 + ridge,
+    # so that products with N are free.
+    total = columns.sum(-1, keepdim=True)
+    w = columns / total
+    mean = s @ w[..., None]
+    s = s - mean - mean.mT + w[..., None, :] @ mean
     a = q @ s
     b = a @ q.mT
+    # K_ij,kl = S_jl - A_kj - A_il + B_ik. Of the products in the sum of its cubes, those
+    # with three different factors become, with U = q S^2 and N S as above,
+    #     sum r c A U,   sum r r' B (U q') = sum r U (A N),   likewise with A^2 for U,
+    # and E[S_jl A_kj A_il] is S * (N S) * (N S)'. No sum runs over more than two indices.
+    f = 1 + RIDGE
     s2, a2 = s.square(), a.square()
-    u = q @ s2
-    v = u @ q.mT
-    w = (rows[..., None] * q).mT @ a
-    c_s3_c = _quadratic(s2 * s, columns, columns)
+    s_own = s.diagonal(dim1=-2, dim2=-1)
+    b_own = (a * q).sum(-1)
+    c_s3_c = _form(s2 * s, columns, columns)
+    c_s2_w = _form(s2, columns, w)
+    s2_n = (s2 * coupling).sum((-2, -1))
+    a_u = f * c_s3_c - (columns * s_own.square()).sum(-1) + c_s2_w
+    r_a3_c = _form(a2 * a, rows, columns)
+    r_a2_q = _form(a2 * q, rows, torch.ones_like(columns))
+    r_a2_w = _form(a2, rows, w)
+    n_s = f * columns[..., None] * s - torch.diag_embed(torch.ones_like(w))
+    n_s = n_s + w[..., None]
     cubes = (
         c_s3_c
-        + _quadratic(4 * a2 * a - 6 * a * u, rows, columns)
-        + _quadratic(b * (3 * v - 12 * (a2 @ q.mT) + 4 * b.square()), rows, rows)
-        + 6 * (s * w * w.mT).sum((-2, -1))
+        - 6 * a_u
+        + 3 * (f * a_u - s2_n + c_s2_w)
+        + 4 * r_a3_c
+        - 12 * (f * r_a3_c - r_a2_q + r_a2_w)
+        + 6 * (s * n_s * n_s.mT).sum((-2, -1))
+        + 4 * _form(b * b.square(), rows, rows)
     )
-    b_own = b.diagonal(dim1=-2, dim2=-1)
-    own = s.diagonal(dim1=-2, dim2=-1)[..., None, :] - 2 * a + b_own[..., None]
+    own = s_own[..., None, :] - 2 * a + b_own[..., None]
     own = own - (q * own).sum(-1, keepdim=True)
-    g = (rows[..., None] * q * own).sum(-2)
-    squares = v.diagonal(dim1=-2, dim2=-1) - 2 * (q * a2).sum(-1) + b_own.square()
-    quartic = (rows * ((q * own.square()).sum(-1) - 2 * squares)).sum(-1)
-    return _quadratic(s, g, g) / 8, cubes / 12 - quartic / 8
+    g = (rows[..., None, :] @ (q * own))[..., 0, :]
+    variance = _form(q * own.square(), rows, torch.ones_like(columns))
+    within = s2_n - 2 * r_a2_q + (rows * b_own.square()).sum(-1)
+    return _form(s, g, g) / 8, cubes / 12 - (variance - 2 * within) / 8
 
 
 def _tempered(d: Tensor) -> Tensor:
@@ -140,6 +165,6 @@ def _tempered(d: Tensor) -> Tensor:
     return torch.where(d < 0, -0.5 * torch.log1p(-2 * below), above)
 
 
-def _quadratic(matrix: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def _form(matrix: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The bilinear form x' matrix y over the last dimensions."""
     return (x[..., None, :] @ matrix @ y[..., None])[..., 0, 0]

@@ -82,7 +82,14 @@ def log_sinkhorn(
         mask = given & ~forbidden
         scores = torch.where(forbidden, 0.0, scores)
     graph = matching_graph(mask, shape, logits.device)
-    scores = scores / _checked_temperature(temperature, scores)
+    tau = _checked_temperature(temperature, scores.device)
+    try:
+        scores = scores / tau[..., None, None]
+    except RuntimeError:
+        raise ValueError(
+            f"temperature must be a scalar or of batch shape {tuple(logits.shape[:-2])}"
+            f", but has shape {tuple(tau.shape)}."
+        ) from None
     lead = torch.broadcast_shapes(scores.shape[:-2], graph.batch_shape)
     if marginals is not None:
         lead = torch.broadcast_shapes(lead, *(x.shape[:-1] for x in marginals))
@@ -91,8 +98,10 @@ def log_sinkhorn(
         rows = columns = torch.ones(shape[-1], dtype=torch.float64, device=graph.device)
     rows, columns = rows[..., :, None], columns[..., None, :]
     scores = scores.expand(*lead, *shape)
+    support = None if graph.is_full else graph.support
+    tol = _TOLERANCE if tol is None else tol
     log_p = _LogSinkhorn.apply(  # type: ignore[no-untyped-call]
-        scores, graph, rows, columns, _TOLERANCE if tol is None else tol
+        scores, support, graph.root[..., None, :], rows, columns, tol
     )
     return log_p.to(logits.dtype)  # type: ignore[no-any-return]
 
@@ -132,7 +141,12 @@ class _LogSinkhorn(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        scores: Tensor, graph: MatchingGraph, rows: Tensor, columns: Tensor, tol: float
+        scores: Tensor,  # (*batch, n, m)
+        support: Tensor | None,  # (*batch, n, m), None for all cells
+        root: Tensor,  # (*batch, 1, m)
+        rows: Tensor,  # (*batch, n, 1)
+        columns: Tensor,  # (*batch, 1, m)
+        tol: float,
     ) -> Tensor:
         if not bool(torch.isfinite(scores.sum())) and not bool(
             torch.isfinite(scores).all()
@@ -143,13 +157,13 @@ class _LogSinkhorn(torch.autograd.Function):
             )
         n, m = scores.shape[-2:]
         lead = scores.shape[:-2]
-        if not graph.is_full:
-            scores = torch.where(graph.support, scores, -torch.inf)
+        if support is not None:
+            scores = torch.where(support, scores, -torch.inf)
         solution = solve(
             scores.reshape(-1, n, m),
             rows.expand(*lead, n, 1).reshape(-1, n),
             columns.expand(*lead, 1, m).reshape(-1, m),
-            graph.root.expand(*lead, m).reshape(-1, m),
+            root.expand(*lead, 1, m).reshape(-1, m),
             tol,
         )
         if not solution.residual <= tol:
@@ -159,15 +173,15 @@ class _LogSinkhorn(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.graph = inputs[1]
-        ctx.save_for_backward(output)
+        _, support, root, *_ = inputs
+        ctx.save_for_backward(output, support, root)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        (log_p,) = ctx.saved_tensors
-        if not ctx.graph.is_full:
-            g = torch.where(ctx.graph.support, g, 0.0)
-        return g - currents(log_p, g, ctx.graph), None, None, None, None
+    def backward(ctx: Any, g: Tensor) -> Any:
+        log_p, support, root = ctx.saved_tensors
+        if support is not None:
+            g = torch.where(support, g, 0.0)
+        return g - currents(log_p, g, root), None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
@@ -195,11 +209,11 @@ def _checked_marginals(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def _checked_temperature(temperature: Tensor | float, like: Tensor) -> Tensor:
-    tau = torch.as_tensor(temperature, dtype=torch.float64, device=like.device)
+def _checked_temperature(temperature: Tensor | float, device: torch.device) -> Tensor:
+    tau = torch.as_tensor(temperature, dtype=torch.float64, device=device)
     if _any(~((tau > 0) & (tau < torch.inf))):
         raise ValueError(
             f"temperature must be positive and finite, but is {temperature}. For the "
             "limit of zero use matching(logits)."
         )
-    return tau[..., None, None]
+    return tau

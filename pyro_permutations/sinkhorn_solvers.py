@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,9 @@ __all__ = ["Solution", "solve"]
 # converged quadratically by then, so that what is left is about the square.
 _LAST_STEP = 3e-5
 # At a stage on the way it is enough that the next one starts within reach.
-_STAGE_STEP = 0.3
+_STAGE_STEP = 1.0
+# A direction that is right to three digits will do there.
+_STAGE_PIVOT = 1e-12
 # No log potential moves by more in one step, relative to the others.
 _LONGEST_STEP = 4.0
 _MOST_STEPS = 200
@@ -53,11 +56,12 @@ def solve(
     growth = 4.0 if scores.shape[-1] <= 48 else 2.0
     previous, previous_scale = log_p, torch.zeros_like(scale)
     square = bool((rows == 1).all() and (columns == 1).all())
+    best = _BestMatching(scores) if square else None
     iterations = 0
     while True:
         last = scale == 1
         target = torch.where(last, min(_LAST_STEP, tol**0.5 / 10), _STAGE_STEP)
-        log_p, steps = _newton(log_p, log_rows, columns, root, target, square)
+        log_p, steps = _newton(log_p, log_rows, columns, root, target, best)
         iterations += steps
         if bool(last.all()):
             break
@@ -104,13 +108,28 @@ def _normalise_rows(x: Tensor, log_rows: Tensor) -> Tensor:
     return torch.log_softmax(x, -1) + log_rows
 
 
+class _BestMatching:
+    """The best matching of the scores, found when it is first asked for.
+
+    Any matching may serve as the reference for flows; this one is where P tends to.
+    """
+
+    def __init__(self, scores: Tensor) -> None:
+        self.scores = scores
+
+    @cached_property
+    def indices(self) -> Tensor:  # (b, n)
+        found = [linear_sum_assignment(-x)[1] for x in self.scores.cpu().numpy()]
+        return torch.from_numpy(np.array(found, np.int64)).to(self.scores.device)
+
+
 def _newton(
     log_p: Tensor,
     log_rows: Tensor,
     columns: Tensor,
     root: Tensor,
     target: Tensor,
-    square: bool,
+    best: _BestMatching | None,
 ) -> tuple[Tensor, int]:
     """Newton steps until the last one was below the target, element by element."""
     log_p = _normalise_rows(
@@ -119,78 +138,92 @@ def _newton(
     active = torch.arange(len(log_p), device=log_p.device)
     steps = 0
     while len(active) and steps < _MOST_STEPS:
-        part = log_p[active]
-        move = _step(part, columns[active], root[active], square)
+        everyone = len(active) == len(log_p)
+        part = log_p if everyone else log_p[active]
+        network = Network(part, root[active])
+        pivot = torch.where(target[active] < _STAGE_STEP, 1e-6, _STAGE_PIVOT)
+        if best is None:
+            move = _filling_step(network, columns[active], pivot)
+        else:
+            move = _balancing_step(network, pivot, best, active)
         size = move.abs().amax((-2, -1))
-        move = move * (_LONGEST_STEP / size.clamp_min(_LONGEST_STEP))[:, None, None]
+        move *= (_LONGEST_STEP / size.clamp_min(_LONGEST_STEP))[:, None, None]
         part = _normalise_rows(part + move, log_rows[active])
-        log_p = log_p.index_copy(0, active, part)
+        log_p = part if everyone else log_p.index_copy(0, active, part)
         active = active[size > target[active]]
         steps += 1
     return log_p, steps
 
 
-def _step(log_p: Tensor, columns: Tensor, root: Tensor, square: bool) -> Tensor:
-    """The Newton step h of the column potentials, as h_j - h_reference(i).
+def _balancing_step(
+    network: Network, pivot: Tensor, best: _BestMatching, active: Tensor
+) -> Tensor:
+    """The Newton step h of the column potentials to unit sums, as h_j - h_pi(i).
 
-    The reference of row i is the column of its largest entry, so that the change of
-    what is nearly decided is a small number and not a difference of large ones.
+    With pi a matching and F_jk = P_ij, pi(i) = j, the flow from j to k, the sums are
+    one where flows balance: sum_k F_jk = sum_k F_kj. So nothing is subtracted from one,
+    and what is nearly decided changes by a small number, not by a difference of large
+    ones. What the clusters of a near-permutation exchange among themselves cancels pair
+    by pair in :meth:`Network.differences`.
     """
-    network = Network(log_p, root)
-    p = log_p.exp()
-    reference = log_p.argmax(-1)
-    b = columns - p.sum(-2)
-    factor, scale, accurate = network.cholesky()
-    matched = torch.zeros_like(accurate)
-    if square:
-        order = reference.argsort(-1)
-        counts = reference.gather(-1, order)
-        matched = (counts == torch.arange(p.shape[-1], device=p.device)).all(-1)
-        flows = _imbalance(p, order)
-        b = torch.where(matched[:, None], flows.sum(-1), b)
-    accurate = accurate & (matched | (scale.amax(-1) < 1e3))
-    h = network.potentials(factor, scale, b * (-network.log_scale).exp()[:, None])
-    differences = h - h.mT
-    move = differences.mT.gather(1, reference[..., None].expand_as(log_p))
+    p = network.p
+    matching = p.argmax(-1)
+    order = matching.argsort(-1)
+    columns = torch.arange(p.shape[-1], device=p.device)
+    decided = (matching.gather(-1, order) == columns).all(-1)
+    weak = (network.conductances.sum(-1).masked_fill(network.root, 1.0) < 1e-6).any(-1)
+    ask = weak & ~decided
+    if bool(ask.any()):
+        matching = torch.where(ask[:, None], best.indices[active], matching)
+        order = matching.argsort(-1)
+    # Undecided but nowhere weak: one less the column sum is as good.
+    source = _imbalance(p, order)
+    b = torch.where((decided | ask)[:, None], source.sum(-1), 1 - p.sum(-2))
+    factor, scale, accurate = network.cholesky(pivot)
+    h = network.potentials(factor, scale, b)[..., 0]
+    move = h[:, None, :] - h.gather(-1, matching)[..., None]
     for index, part, extreme in network.apart(accurate):
-        if square:
-            better = _balancing(part, matched[index], reference[index], extreme)
+        pi = matching[index]
+        other = (~(decided | ask))[index]
+        if bool(other.any()):
+            pi = torch.where(other[:, None], best.indices[active[index]], pi)
+        if extreme:
+            better = _extreme_step(part, pi)
         else:
-            better = _refilling(part, b[index], reference[index])
+            differences = part.differences(_imbalance(part.p, pi.argsort(-1)))
+            better = differences.mT.gather(1, pi[..., None].expand_as(part.p))
         move = move.index_copy(0, index, better)
     return move
 
 
-def _balancing(
-    network: Network, matched: Tensor, matching: Tensor, extreme: bool
-) -> Tensor:
-    """The same step from pairwise flows, in which what clusters exchange cancels."""
-    for k in (~matched).nonzero()[:, 0].tolist():
-        cost = -network.log_weights[k].cpu().numpy()
-        found = linear_sum_assignment(cost)[1].astype(np.int64)
-        matching[k] = torch.from_numpy(found).to(matching.device)
-    if extreme:
-        # The step carries off the flow of the matching, here relative to P.
-        log_p = network.log_weights
-        change = torch.zeros_like(log_p)
-        matched_log = log_p.gather(-1, matching[..., None])
-        change.scatter_(-1, matching[..., None], (-matched_log).exp())
-        moved = eliminate_in_logs(log_p, network.root, change)[1]
-        return moved - moved.gather(-1, matching[..., None])
-    source = _imbalance(network.p * network.rows[..., None], matching.argsort(-1))
-    differences = network.differences(source)
-    return differences.mT.gather(1, matching[..., None].expand_as(network.p))
-
-
-def _refilling(network: Network, b: Tensor, reference: Tensor) -> Tensor:
-    """The same step for any marginals: what columns lack comes from their root."""
-    lacking = b * (-network.log_scale).exp()[:, None]
-    to_root = lacking[:, :, None] * network.root[:, None, :].to(b.dtype)
-    differences = network.differences(to_root - to_root.mT)
-    return differences.mT.gather(1, reference[..., None].expand_as(network.p))
+def _extreme_step(network: Network, matching: Tensor) -> Tensor:
+    """The same from logarithms: the step carries off the flow of the matching."""
+    log_p, pi = network.log_weights, matching[..., None]
+    change = torch.zeros_like(log_p)
+    change.scatter_(-1, pi, (-log_p.gather(-1, pi)).exp())
+    moved = eliminate_in_logs(log_p, network.root, change)[1]
+    return moved - moved.gather(-1, pi)
 
 
 def _imbalance(p: Tensor, order: Tensor) -> Tensor:
     """F_jk - F_kj, where F_jk is the flow from j to k: p in the row matched to j."""
     flow = p.gather(1, order[..., None].expand_as(p))
     return flow - flow.mT
+
+
+def _filling_step(network: Network, columns: Tensor, pivot: Tensor) -> Tensor:
+    """The Newton step to any column sums, relative to each row's largest entry."""
+    largest = network.log_weights.argmax(-1)
+    sums = (network.p.mT @ network.rows[..., None])[..., 0]
+    b = columns * (-network.log_scale).exp()[:, None] - sums
+    factor, scale, accurate = network.cholesky(pivot)
+    h = network.potentials(factor, scale, b)[..., 0]
+    move = h[:, None, :] - h.gather(-1, largest)[..., None]
+    for index, part, _ in network.apart(accurate):
+        # What a column lacks comes from the root of its component.
+        lacking = b[index] * (network.log_scale[index] - part.log_scale).exp()[:, None]
+        source = lacking[:, :, None] * part.root[:, None, :].to(b.dtype)
+        differences = part.differences(source - source.mT)
+        pi = largest[index][..., None].expand_as(part.p)
+        move = move.index_copy(0, index, differences.mT.gather(1, pi))
+    return move

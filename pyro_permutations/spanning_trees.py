@@ -44,76 +44,70 @@ def log_spanning_trees(
         >>> log_spanning_trees(torch.zeros(2, 2)).exp()  # a cycle of four has 4 trees
         tensor(4.0000, dtype=torch.float64)
     """
-    graph, log_weights = _prepare(log_weights, graph)
-    log_trees, _ = _SpanningTrees.apply(log_weights, graph)  # type: ignore[no-untyped-call]
+    shape = (log_weights.shape[-2], log_weights.shape[-1])
+    graph = matching_graph(graph, shape, log_weights.device)
+    log_weights = log_weights.double()
+    if not graph.is_full:
+        log_weights = torch.where(graph.support, log_weights, -torch.inf)
+    root = graph.root[..., None, :]
+    log_trees, _ = _SpanningTrees.apply(log_weights, root)  # type: ignore[no-untyped-call]
     return log_trees  # type: ignore[no-any-return]
 
 
 def currents(
-    log_weights: Tensor,  # (*batch, n, m)
-    flow: Tensor,  # (*batch, n, m)
-    graph: MatchingGraph | None = None,
+    log_weights: Tensor,  # (*batch, n, m), -inf where there is no edge
+    flow: Tensor,  # (*batch, n, m), finite
+    root: Tensor,  # (*batch, 1, m), one column per component
 ) -> Tensor:  # (*batch, n, m)
     r"""The current with the row and column sums of a flow, on a network of resistors.
 
     .. math:: y_{ij} = K_{ij} (a_i + b_j), \quad
         \textstyle\sum_j y_{ij} = \sum_j G_{ij}, \; \sum_i y_{ij} = \sum_i G_{ij}
 
-    This is the part of a gradient with respect to ``log P`` that the potentials of a
-    Sinkhorn scaling take up. Currents stay bounded where potentials overflow.
+    for weights K and a flow G, in float64. This is the part of a gradient with respect
+    to ``log P`` that the potentials of a Sinkhorn scaling take up. Currents stay
+    bounded where the potentials a, b overflow.
     """
-    graph, log_weights = _prepare(log_weights, graph)
-    flow = torch.where(graph.support, flow.double(), 0.0)
-    return _Currents.apply(log_weights, flow, graph)  # type: ignore[no-untyped-call, no-any-return]
+    y: Tensor = _Currents.apply(log_weights, flow, root)  # type: ignore[no-untyped-call]
+    return y
 
 
 def response(
-    log_weights: Tensor,  # (*batch, n, m)
-    change: Tensor,  # (*batch, n, m)
-    graph: MatchingGraph | None = None,
+    log_weights: Tensor,  # (*batch, n, m), -inf where there is no edge
+    change: Tensor,  # (*batch, n, m), finite
+    root: Tensor,  # (*batch, 1, m), one column per component
 ) -> Tensor:  # (*batch, n, m)
     r"""The adjoint of :func:`currents`: minus what the potentials do to a change.
 
     If the scores of a Sinkhorn scaling P change by ``change``, then ``log P`` changes
-    by ``change - response(log P, change)``.
+    by ``change - response(log P, change, root)``.
     """
-    graph, log_weights = _prepare(log_weights, graph)
-    change = torch.where(graph.support, change.double(), 0.0)
-    return _Response.apply(log_weights, change, graph)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _prepare(
-    log_weights: Tensor, graph: MatchingGraph | None
-) -> tuple[MatchingGraph, Tensor]:
-    shape = (log_weights.shape[-2], log_weights.shape[-1])
-    graph = matching_graph(graph, shape, log_weights.device)
-    log_weights = log_weights.double()
-    if not graph.is_full:
-        log_weights = torch.where(graph.support, log_weights, -torch.inf)
-    return graph, log_weights
+    q: Tensor = _Response.apply(log_weights, change, root)  # type: ignore[no-untyped-call]
+    return q
 
 
 class _SpanningTrees(torch.autograd.Function):
     """(log T, leverages): the leverages are the gradient of the first output."""
 
     @staticmethod
-    def forward(log_weights: Tensor, graph: MatchingGraph) -> tuple[Tensor, Tensor]:
+    def forward(log_weights: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
         lead = log_weights.shape[:-2]
-        log_trees, leverages = Network(log_weights, graph.root).trees()
+        log_trees, leverages = Network(log_weights, root[..., 0, :]).trees()
         return log_trees.reshape(lead), leverages.reshape(log_weights.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.graph = inputs[1]
-        ctx.save_for_backward(inputs[0], output[1])
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, g_trees: Tensor, g_leverages: Tensor) -> Any:  # type: ignore[override]
-        log_weights, leverages = ctx.saved_tensors
-        gradient = g_trees[..., None, None] * leverages
+    def backward(ctx: Any, g_trees: Tensor | None, g_leverages: Tensor | None) -> Any:
+        log_weights, root, leverages = ctx.saved_tensors
+        gradient = None if g_trees is None else g_trees[..., None, None] * leverages
         if g_leverages is not None:
-            second = _squared_transfer(log_weights, g_leverages, ctx.graph)
-            gradient = gradient + leverages * g_leverages - second
+            second = _squared_transfer(log_weights, g_leverages, root)
+            second = leverages * g_leverages - second
+            gradient = second if gradient is None else gradient + second
         return gradient, None
 
     @staticmethod
@@ -125,20 +119,19 @@ class _Currents(torch.autograd.Function):
     """K * E(G), where E(G) solves the Laplacian for the row and column sums of G."""
 
     @staticmethod
-    def forward(log_weights: Tensor, flow: Tensor, graph: MatchingGraph) -> Tensor:
+    def forward(log_weights: Tensor, flow: Tensor, root: Tensor) -> Tensor:
         log_weights, flow = torch.broadcast_tensors(log_weights, flow)
-        return Network(log_weights, graph.root).currents(flow).reshape(flow.shape)
+        return Network(log_weights, root[..., 0, :]).currents(flow).reshape(flow.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.graph = inputs[2]
-        ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_backward(inputs[0], inputs[2], output)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         # dy = y dlogK - K E(dlogK y), and the adjoint of G -> K E(G) is response.
-        log_weights, y = ctx.saved_tensors
-        back = _Response.apply(log_weights, g, ctx.graph)  # type: ignore[no-untyped-call]
+        log_weights, root, y = ctx.saved_tensors
+        back = _Response.apply(log_weights, g, root)  # type: ignore[no-untyped-call]
         return y * (g - back), back, None
 
     @staticmethod
@@ -150,20 +143,21 @@ class _Response(torch.autograd.Function):
     """E(K h), the change of the potentials with the scores."""
 
     @staticmethod
-    def forward(log_weights: Tensor, change: Tensor, graph: MatchingGraph) -> Tensor:
+    def forward(log_weights: Tensor, change: Tensor, root: Tensor) -> Tensor:
         log_weights, change = torch.broadcast_tensors(log_weights, change)
-        return Network(log_weights, graph.root).response(change).reshape(change.shape)
+        return (
+            Network(log_weights, root[..., 0, :]).response(change).reshape(change.shape)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.graph = inputs[2]
-        ctx.save_for_backward(*inputs[:2], output)
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         # dq = E(K dlogK h) - E(K dlogK q), and the adjoint of h -> E(K h) is currents.
-        log_weights, change, q = ctx.saved_tensors
-        back = _Currents.apply(log_weights, g, ctx.graph)  # type: ignore[no-untyped-call]
+        log_weights, change, root, q = ctx.saved_tensors
+        back = _Currents.apply(log_weights, g, root)  # type: ignore[no-untyped-call]
         return back * (change - q), back, None
 
     @staticmethod
@@ -189,7 +183,7 @@ def to_front(info: Any, in_dims: Any, arguments: Any) -> list[Any]:
 
 
 def _squared_transfer(
-    log_weights: Tensor, g: Tensor, graph: MatchingGraph
+    log_weights: Tensor, g: Tensor, root: Tensor
 ) -> Tensor:  # (*batch, n, m)
     """Sum over edges f of g_f (transfer current between e and f)^2, differentiable.
 
@@ -198,7 +192,7 @@ def _squared_transfer(
     """
     n = log_weights.shape[-2]
     weights = log_weights.exp()
-    laplacian = _full_laplacian(weights, graph.root)
+    laplacian = _full_laplacian(weights, root[..., 0, :])
     scale = laplacian.diagonal(dim1=-2, dim2=-1).clamp_min(1e-290).rsqrt()
     scaled = laplacian * scale[..., None, :] * scale[..., :, None]
     ridge = 1e-14 * torch.eye(scaled.shape[-1], dtype=g.dtype, device=g.device)

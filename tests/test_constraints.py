@@ -120,8 +120,9 @@ def test_own_samples_are_inside_and_one_percent_off_is_not(
     n: int, tau: float, dtype: torch.dtype
 ) -> None:
     """A check stricter than the solver, or looser than any use, is a fault."""
-    X = (torch.randn(4, n, n) - torch.rand(4, n, n).log().neg().log()).to(dtype)
-    P = sinkhorn(X, tau)
+    batch = 4 if n < 300 else 1
+    X = torch.randn(batch, n, n) - torch.rand(batch, n, n).log().neg().log()
+    P = sinkhorn(X.to(dtype), tau)
     assert doubly_stochastic.check(P).all()
     off = P.clone()
     off[:, 0] *= 1.01

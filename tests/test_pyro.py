@@ -42,6 +42,7 @@ from pyro.infer.autoguide import (
     init_to_median,
     init_to_sample,
     init_to_uniform,
+    init_to_value,
 )
 from pyro.infer.inspect import get_model_relations
 from pyro.infer.reparam import AutoReparam, TransformReparam
@@ -56,6 +57,7 @@ from pyro_permutations.distributions import (
 )
 from pyro_permutations.matching import matching, to_indices
 from pyro_permutations.transforms import log_of
+from pyro_permutations.warnings import LostLogWarning
 
 SAME = 1e-6  # one seed, one loss: relative, over two orders of the same sums
 SIGMAS = 4.5  # standard errors that a random test allows
@@ -113,6 +115,7 @@ def loss_of(elbo, model, guide, seed: int = 1) -> float:
 
 
 @NOTHING_TO_ENUMERATE
+@pytest.mark.filterwarnings("ignore:Found non-auxiliary vars:UserWarning")
 def test_every_elbo_gives_the_same_loss_on_one_seed() -> None:
     """No divergence is used behind our back, with or without plates and reparams."""
     problem = PointMatching()
@@ -225,12 +228,12 @@ def test_elbo_stays_below_the_evidence() -> None:
 
     guide = learned(2, tau)
     svi = SVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO())
-    for _ in range(100):
+    for _ in range(80):
         svi.step()
-    losses = torch.tensor([svi.evaluate_loss() for _ in range(300)])
-    assert losses.mean() > -evidence - SIGMAS * losses.std() / 300**0.5
+    losses = torch.tensor([svi.evaluate_loss() for _ in range(150)])
+    assert losses.mean() > -evidence - SIGMAS * losses.std() / 150**0.5
     assert losses.mean() < -evidence + 1.0
-    importance = Importance(model, guide, num_samples=1000).run()
+    importance = Importance(model, guide, num_samples=300).run()
     assert abs(importance.get_log_normalizer() - evidence) < 0.2
 
 
@@ -261,19 +264,22 @@ def test_jit_elbo_follows_parameters_and_temperature() -> None:
         logits = pyro.param("logits", lambda: torch.zeros(4, 4))
         pyro.sample("P", GumbelSinkhorn(logits, pyro.param("temperature").detach()))
 
+    def step(elbo) -> tuple[float, Tensor]:
+        parameter = pyro.get_param_store()._params["logits"]
+        parameter.grad = None
+        pyro.set_rng_seed(1)
+        loss = elbo.loss_and_grads(model, guide)
+        return loss, parameter.grad.clone()
+
     jit, plain = JitTrace_ELBO(), Trace_ELBO()
+    jit.loss_and_grads(model, guide)  # traces, on equal scores at temperature 1
     for scale, tau in ((0.1, 1.0), (5.0, 0.1)):
         with torch.no_grad():
-            pyro.param("logits", lambda: torch.zeros(4, 4))
             pyro.param("logits").copy_(scale * torch.randn(4, 4))
             pyro.param("temperature").fill_(tau)
-        pyro.set_rng_seed(1)
-        expected = plain.loss_and_grads(model, guide)
-        pyro.set_rng_seed(1)
-        value = jit.loss_and_grads(model, guide)
-        assert abs(value - expected) < 1e-4 * abs(expected)
-        gradient = pyro.get_param_store().get_param("logits").grad
-        assert gradient is None or gradient.isfinite().all()
+        (expected, gradient), (value, traced) = step(plain), step(jit)
+        assert abs(value - expected) < SAME * abs(expected)
+        assert (traced - gradient).abs().max() < SAME * gradient.abs().max()
 
 
 # Plates and handlers
@@ -461,7 +467,10 @@ def test_model_relations() -> None:
         with pyro.plate("many", 3):
             pyro.sample("P", GumbelSinkhornStraightThrough(torch.zeros(3, 3), 0.5))
 
-    relations = get_model_relations(plated)
+    with warnings.catch_warnings():
+        # It copies the values to follow where they go, and copies lose their log.
+        warnings.simplefilter("ignore", LostLogWarning)
+        relations = get_model_relations(plated)
     assert relations["sample_dist"]["P"] == "GumbelSinkhornStraightThrough"
     assert relations["plate_sample"]["many"] == ["P"]
 
@@ -527,8 +536,10 @@ def test_autoguides_fit_a_known_posterior(autoguide) -> None:
     svi = SVI(model, guide, Adam({"lr": 0.05}), Trace_ELBO())
     for _ in range(150):
         svi.step()
-    assert (guide.median()["P"] - truth).abs().max() < 0.03
-    if autoguide is AutoLaplaceApproximation:
+    if autoguide is AutoNormal:
+        assert (guide.median()["P"] - truth).abs().max() < 0.03
+    else:
+        assert (guide()["P"] - truth).abs().max() < 0.03
         draws = torch.stack([guide.laplace_approximation()()["P"] for _ in range(3)])
         assert (draws - truth).abs().max() < 0.1
 
@@ -606,14 +617,11 @@ def test_constrained_parameter() -> None:
 
 
 def test_nuts_on_the_site() -> None:
-    problem = PointMatching()
-
     def model() -> None:
         P = pyro.sample("P", GumbelSinkhorn(torch.zeros(3, 3), 1.0))
         y = dist.Normal(P @ torch.arange(3.0), 0.2).to_event(1)
         pyro.sample("y", y, obs=torch.tensor([1.0, 0.0, 2.0]))
 
-    assert problem.n == 5
     for target in (model, poutine.reparam(model, config={"P": TransformReparam()})):
         kernel = NUTS(target, max_tree_depth=4)
         mcmc = MCMC(kernel, num_samples=25, warmup_steps=25, disable_progbar=True)
@@ -631,8 +639,9 @@ def test_nuts_on_a_flat_density_has_the_uniform_mean() -> None:
     def model() -> None:
         pyro.sample("P", dist.ImproperUniform(doubly_stochastic, (), (3, 3)))
 
-    kernel = NUTS(model, max_tree_depth=4, max_plate_nesting=0)
-    mcmc = MCMC(kernel, num_samples=250, warmup_steps=80, disable_progbar=True)
+    start = init_to_value(values={"P": torch.full((3, 3), 1 / 3)})
+    kernel = NUTS(model, max_tree_depth=4, max_plate_nesting=0, init_strategy=start)
+    mcmc = MCMC(kernel, num_samples=200, warmup_steps=60, disable_progbar=True)
     mcmc.run()
     P = mcmc.get_samples()["P"]
     assert doubly_stochastic.check(P).all()

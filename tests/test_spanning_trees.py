@@ -57,7 +57,7 @@ def test_equals_enumeration(n: int, scale: float) -> None:
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_near_permutations_equal_high_precision(n: int, depth: float) -> None:
     """Where the determinant of a difference is rounding error and nothing else."""
-    for seed in range(3):
+    for seed in range(3 if depth < 5000 else 1):
         K = near_permutation(n, depth, seed)
         expected = oracles.precise_log_trees(K)
         assert abs(expected - oracles.spanning_trees(K)) < 1e-9

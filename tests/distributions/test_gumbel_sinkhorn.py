@@ -343,7 +343,7 @@ def log_trees_by_gauss(log_P: Tensor) -> float:
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_density_ratios_average_to_one(n: int) -> None:
     """E_a[p_b / p_a] = 1 for neighbouring scores and temperatures."""
-    count = {2: 20000, 3: 4000, 5: 10000}[n]
+    count = {2: 20000, 3: 1000, 5: 10000}[n]
     for ratio in (0.8, 1.0, 1.25):
         X = torch.randn(n, n)
         a = GumbelSinkhorn(X, 0.6)
@@ -488,6 +488,27 @@ def test_prior_at_the_draws_of_a_sharp_guide_is_finite_and_smooth() -> None:
             assert value.isfinite().all()
             (g,) = torch.autograd.grad(value.sum(), X)
             assert g.isfinite().all()
+
+
+def test_error_estimate_covers_the_error() -> None:
+    """Three items, where a grid gives the truth: own draws, and a flat prior at the
+    draws of ever sharper guides, with and without importance samples."""
+    for scale in (0.0, 1.0, 2.0, 5.0, 10.0):
+        q = GumbelSinkhorn(scale * torch.randn(3, 3), 0.5)
+        P = q.sample((6,))
+        log_P = log_of(P)
+        for samples in (0, 2000):
+            prior = GumbelSinkhorn(torch.zeros(3, 3), 0.5, density_samples=samples)
+            value, error = prior.log_prob(P), prior.log_prob_error(P)
+            assert error.shape == (6,)
+            assert (error >= 0).all()
+            for k in range(6):
+                M = -0.5 * log_P[k]
+                integral = oracles.shift_integral_grid(M)
+                expected = oracles.log_density(M, log_P[k], 0.5, integral)
+                assert abs(value[k] - expected) < QUADRATURE + 3 * error[k]
+        if scale <= 1:
+            assert error.max() < SERIES
 
 
 # Masks
@@ -766,7 +787,9 @@ def test_noise_bound_is_the_least_over_shifts() -> None:
     assert abs(noise_kl(q, p) - best) < 1e-4
     shifted = GumbelSinkhorn(Y + torch.randn(n, 1) + torch.randn(1, n), 1.0)
     assert abs(noise_kl(q, shifted) - best) < 1e-4
-    assert noise_kl(q, p) < gumbel_kl(X, 0.5, Y, 1.0)
+    plain = noise_kl(q, p, up_to_shifts=False)
+    assert abs(plain - gumbel_kl(X, 0.5, Y, 1.0)) < 1e-8 * plain
+    assert noise_kl(q, p) < plain
     assert abs(noise_kl(q, q)) < 1e-8
 
 
@@ -774,9 +797,9 @@ def test_noise_bound_is_a_bound() -> None:
     for n in (2, 3):
         q = GumbelSinkhorn(torch.randn(2, n, n), 0.5)
         p = GumbelSinkhorn(torch.zeros(2, n, n), 1.0)
-        P = q.sample((2000,))
+        P = q.sample((500,))
         kl = q.log_prob(P) - p.log_prob(P)
-        error = kl.std(0) / 2000**0.5
+        error = kl.std(0) / 500**0.5
         bound = noise_kl(q, p)
         assert bound.shape == (2,)
         assert (bound > kl.mean(0) - SIGMAS * error).all()
