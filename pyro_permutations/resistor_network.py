@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class Network:
         self._elimination: tuple[Tensor, Tensor, Tensor] | None = None
 
     def subset(self, index: Tensor) -> Network:
+        """The networks of some batch elements."""
         return Network(self.log_weights[index], self.root[index])
 
     def cholesky(
@@ -66,7 +68,7 @@ class Network:
         return factor, scale, accurate
 
     def apart(self, accurate: Tensor) -> Iterator[tuple[Tensor, Network, bool]]:
-        """Where Cholesky will not do: index, network, and whether float64 is too narrow.
+        """Where Cholesky will not do: index, network, whether float64 is too narrow.
 
         Elimination keeps every pivot to full relative accuracy, as long as none of
         them leaves the range of float64.
@@ -82,9 +84,9 @@ class Network:
                 yield bad[k], part if len(k) == len(bad) else part.subset(k), extreme
 
     def inverse(self, factor: Tensor, scale: Tensor) -> Tensor:
+        """Inverse Laplacian over the columns, zero at the roots."""
         s = torch.cholesky_inverse(factor) * scale[..., None, :] * scale[..., :, None]
-        s = torch.where(self.root[..., None, :] | self.root[..., :, None], 0.0, s)
-        return s
+        return torch.where(self.root[..., None, :] | self.root[..., :, None], 0.0, s)
 
     def trees(self) -> tuple[Tensor, Tensor]:
         """Log of the tree sum, and each edge's probability to be in a random tree."""
@@ -119,9 +121,11 @@ class Network:
         return self.p * (1 + self.rows[..., None] * (mean - spread))
 
     def currents(self, flow: Tensor) -> Tensor:
+        """The current with the row and column sums of a flow."""
         return self._solve(flow.reshape(self.p.shape), as_current=True)
 
     def response(self, change: Tensor) -> Tensor:
+        """What the potentials do when log weights change; the adjoint of currents."""
         return self._solve(change.reshape(self.p.shape), as_current=False)
 
     def _solve(self, x: Tensor, *, as_current: bool) -> Tensor:
@@ -154,11 +158,12 @@ class Network:
         return self.p * (a + r * mean) if as_current else a / r + mean
 
     def differences(self, source: Tensor) -> Tensor:
-        """h_j - h_k of the column potentials h that carry off an antisymmetric source."""
+        """h_j - h_k of the column potentials that carry off an antisymmetric source."""
         pivots, steps, _ = self.eliminate()
         return _differences(pivots, steps, source)
 
     def potentials(self, factor: Tensor, scale: Tensor, b: Tensor) -> Tensor:
+        """Column potentials (b, m, 1) that carry off a source at the columns."""
         b = (b * scale).masked_fill(self.root, 0.0)
         h = torch.cholesky_solve(b[..., None], factor) * scale[..., None]
         return torch.where(self.root[..., None], 0.0, h)
@@ -253,7 +258,7 @@ def _substitute(steps: Tensor, constant: Tensor, sign: int) -> Tensor:
 def _panels(size: int) -> list[tuple[int, int]]:
     """Nodes size - 1 down to 1 in panels, so that most of the work is in products."""
     edges = [*range(size, 1, -32), 1]
-    return [(low, high) for high, low in zip(edges[:-1], edges[1:], strict=True)]
+    return [(low, high) for high, low in pairwise(edges)]
 
 
 def _extreme_trees(network: Network) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,10 @@ Array = NDArray[np.float64]
 # Points of each round of sampling: in thin components, and in 2 and 3 dimensions.
 _POINTS = 4096
 _FEW_POINTS = 2048
-# Two rules that differ by more than this are not believed.
+# Quadrature is believed if two rules agree to the first, and with the sampled value,
+# whose own error is below .005, to the second: rules can agree by accident.
 _AGREEMENT = 1e-3
+_SAMPLED_AGREEMENT = 0.01
 # Points times rows that are handled in one go: 32 MiB a tensor.
 _CHUNK = 2**22
 # See raised_factor.
@@ -55,8 +57,8 @@ def cubature(
         + \log \int e^{F(b)} \, db.
 
     In two and three dimensions that is :func:`gauss_hermite` with 16 nodes where 12
-    nodes give the same within .001, and blends smoothly into :func:`importance` where
-    they do not; in more it is :func:`importance`.
+    nodes give the same within .001 and :func:`importance` within .01, and it blends
+    smoothly into the latter where they do not; in more it is :func:`importance`.
 
     Args:
         log_q: Log of the scaling Q to row sums r and column sums c, the counts of
@@ -200,10 +202,12 @@ def _blend(
     coarse = gauss_hermite(q, rows, columns, nodes=12)
     fine = gauss_hermite(q, rows, columns, nodes=16)
     # A smooth switch, so that the value stays differentiable.
-    ratio = ((fine - coarse) / _AGREEMENT).square().clamp_max(1e6)
-    trust = 1 / (1 + ratio**4)
+    ratio = ((fine - coarse) / _AGREEMENT).square()
+    ratio = ratio + ((fine - sampled) / _SAMPLED_AGREEMENT).square()
+    trust = 1 / (1 + ratio.clamp_max(1e6) ** 4)
     value = trust * fine + (1 - trust) * sampled
-    return value, (trust * (fine - coarse).abs() + (1 - trust) * error).detach()
+    doubt = (fine - coarse).abs() + (fine - sampled).square() / _SAMPLED_AGREEMENT
+    return value, (trust * doubt + (1 - trust) * error).detach()
 
 
 def _exponent(b: Tensor, q: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -123,10 +123,9 @@ def second_order(
     s = s - mean - mean.mT + w[..., None, :] @ mean
     a = q @ s
     b = a @ q.mT
-    # K_ij,kl = S_jl - A_kj - A_il + B_ik. Of the products in the sum of its cubes, those
-    # with three different factors become, with U = q S^2 and N S as above,
-    #     sum r c A U,   sum r r' B (U q') = sum r U (A N),   likewise with A^2 for U,
-    # and E[S_jl A_kj A_il] is S * (N S) * (N S)'. No sum runs over more than two indices.
+    # K_ij,kl = S_jl - A_kj - A_il + B_ik. In the sum of its cubes no product runs over
+    # more than two indices: with U = q S^2 and N S as above, S^2 A gives r A U c,
+    # S^2 B gives r U (q S N), A^2 B gives r A^2 (q S N) and S A A' gives S * N S * S N.
     f = 1 + RIDGE
     s2, a2 = s.square(), a.square()
     s_own = s.diagonal(dim1=-2, dim2=-1)

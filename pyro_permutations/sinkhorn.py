@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_permutations.kernel_scaling import scale_kernel, solve_marginals
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
 from pyro_permutations.sinkhorn_solvers import solve
 from pyro_permutations.spanning_trees import currents, to_front
@@ -67,6 +68,153 @@ def log_sinkhorn(
         tensor([[   0., -200.],
                 [-200.,    0.]])
     """
+    arguments = _checked(logits, temperature, mask, marginals, tol)
+    log_p = _LogSinkhorn.apply(*arguments)  # type: ignore[no-untyped-call]
+    return log_p.to(logits.dtype)  # type: ignore[no-any-return]
+
+
+def sinkhorn(
+    logits: Tensor,  # (*batch, n, n)
+    temperature: Tensor | float = 1.0,  # () or (*batch)
+    *,
+    mask: Tensor | MatchingGraph | None = None,  # (*batch, n, n)
+    marginals: tuple[Tensor, Tensor] | None = None,  # (*batch, n), (*batch, n)
+    tol: float | None = None,
+) -> Tensor:  # (*batch, n, n)
+    r"""The Sinkhorn operator: a doubly stochastic matrix from scores.
+
+    ``exp(log_sinkhorn(...))``: each row and each column sums to one (not to 1/n), and
+    forbidden pairs are exactly zero. As the temperature falls it tends to
+    :func:`matching`, the best permutation matrix. See :func:`log_sinkhorn`.
+
+    References:
+        Sinkhorn, "A relationship between arbitrary positive matrices and doubly
+        stochastic matrices" (1964). Mena, Belanger, Linderman and Snoek, "Learning
+        latent permutations with Gumbel-Sinkhorn networks" (2018).
+
+    Example:
+        >>> sinkhorn(torch.zeros(2, 2))
+        tensor([[0.5000, 0.5000],
+                [0.5000, 0.5000]])
+    """
+    arguments = _checked(logits, temperature, mask, marginals, tol)
+    p = _Sinkhorn.apply(*arguments)  # type: ignore[no-untyped-call]
+    return p.to(logits.dtype)  # type: ignore[no-any-return]
+
+
+class _LogSinkhorn(torch.autograd.Function):
+    """The limit, and its derivative d log P = dX - (what the potentials take up)."""
+
+    @staticmethod
+    def forward(
+        scores: Tensor,  # (*batch, n, m)
+        support: Tensor | None,  # (*batch, n, m), None for all cells
+        root: Tensor,  # (*batch, 1, m)
+        rows: Tensor,  # (*batch, n, 1)
+        columns: Tensor,  # (*batch, 1, m)
+        tol: float,
+    ) -> Tensor:
+        x, r, c, roots = _flattened(scores, support, root, rows, columns)
+        solution = solve(x, r[:, 0], c[:, 0], roots[:, 0], tol)
+        _warn(solution.residual, solution.iterations, tol)
+        return solution.log_p.reshape(scores.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, support, root, *_ = inputs
+        ctx.save_for_backward(output, support, root)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        log_p, support, root = ctx.saved_tensors
+        if support is not None:
+            g = torch.where(support, g, 0.0)
+        return g - currents(log_p, g, root), None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _LogSinkhorn.apply(*to_front(info, in_dims, arguments)), 0  # type: ignore[no-untyped-call]
+
+
+class _Sinkhorn(torch.autograd.Function):
+    """The same without the logarithm: small entries need no relative accuracy."""
+
+    @staticmethod
+    def forward(
+        scores: Tensor,  # (*batch, n, m)
+        support: Tensor | None,  # (*batch, n, m), None for all cells
+        root: Tensor,  # (*batch, 1, m)
+        rows: Tensor,  # (*batch, n, 1)
+        columns: Tensor,  # (*batch, 1, m)
+        tol: float,
+    ) -> Tensor:
+        x, r, c, roots = _flattened(scores, support, root, rows, columns)
+        p, _, residual, iterations = scale_kernel(x, r, c, tol)
+        if not residual <= tol:
+            log_p, residual, iterations = solve(x, r[:, 0], c[:, 0], roots[:, 0], tol)
+            _warn(residual, iterations, tol)
+            p = log_p.exp()
+        return p.reshape(scores.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(output, inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        p, root = ctx.saved_tensors
+        g = p * g
+        if torch.is_grad_enabled():
+            # To be differentiated again: entries that underflowed are taken as tiny.
+            log_p = torch.where(p > 0, p, 1e-300).log()
+            return g - currents(log_p, g, root), None, None, None, None, None
+        n, m = p.shape[-2:]
+        a, b = g.sum(-1).reshape(-1, 1, n), g.sum(-2).reshape(-1, 1, m)
+        x, y = solve_marginals(p.reshape(-1, n, m), a, b)
+        shifts = (x.mT + y).reshape(p.shape)
+        return g.addcmul_(p, shifts, value=-1), None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _Sinkhorn.apply(*to_front(info, in_dims, arguments)), 0  # type: ignore[no-untyped-call]
+
+
+def _flattened(
+    scores: Tensor, support: Tensor | None, root: Tensor, rows: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Checked scores (b, n, m), row sums (b, 1, n), column sums and roots (b, 1, m)."""
+    if not bool(torch.isfinite(scores.sum())) and not bool(
+        torch.isfinite(scores).all()
+    ):
+        raise ValueError(
+            "logits must be finite or -inf (a forbidden pair), but some are NaN or "
+            "+inf, or overflow when they are divided by the temperature."
+        )
+    if support is not None:
+        scores = torch.where(support, scores, -torch.inf)
+    n, m = scores.shape[-2:]
+    lead = scores.shape[:-2]
+    return (
+        scores.reshape(-1, n, m),
+        rows.expand(*lead, n, 1).reshape(-1, 1, n),
+        columns.expand(*lead, 1, m).reshape(-1, 1, m),
+        root.expand(*lead, 1, m).reshape(-1, 1, m),
+    )
+
+
+def _warn(residual: float, iterations: int, tol: float) -> None:
+    if not residual <= tol:
+        warnings.warn(ConvergenceWarning(residual, iterations, tol), stacklevel=5)
+
+
+def _checked(
+    logits: Tensor,
+    temperature: Tensor | float,
+    mask: Tensor | MatchingGraph | None,
+    marginals: tuple[Tensor, Tensor] | None,
+    tol: float | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, float]:
+    """Scores over the temperature in float64, and what else the solvers take."""
     if not torch.is_tensor(logits) or logits.dim() < 2:
         raise ValueError("logits must be a tensor of shape (*batch, n, n).")
     shape = (logits.shape[-2], logits.shape[-1])
@@ -100,92 +248,7 @@ def log_sinkhorn(
     scores = scores.expand(*lead, *shape)
     support = None if graph.is_full else graph.support
     tol = _TOLERANCE if tol is None else tol
-    log_p = _LogSinkhorn.apply(  # type: ignore[no-untyped-call]
-        scores, support, graph.root[..., None, :], rows, columns, tol
-    )
-    return log_p.to(logits.dtype)  # type: ignore[no-any-return]
-
-
-def sinkhorn(
-    logits: Tensor,  # (*batch, n, n)
-    temperature: Tensor | float = 1.0,  # () or (*batch)
-    *,
-    mask: Tensor | MatchingGraph | None = None,  # (*batch, n, n)
-    marginals: tuple[Tensor, Tensor] | None = None,  # (*batch, n), (*batch, n)
-    tol: float | None = None,
-) -> Tensor:  # (*batch, n, n)
-    r"""The Sinkhorn operator: a doubly stochastic matrix from scores.
-
-    ``exp(log_sinkhorn(...))``: each row and each column sums to one (not to 1/n), and
-    forbidden pairs are exactly zero. As the temperature falls it tends to
-    :func:`matching`, the best permutation matrix. See :func:`log_sinkhorn`.
-
-    References:
-        Sinkhorn, "A relationship between arbitrary positive matrices and doubly
-        stochastic matrices" (1964). Mena, Belanger, Linderman and Snoek, "Learning
-        latent permutations with Gumbel-Sinkhorn networks" (2018).
-
-    Example:
-        >>> sinkhorn(torch.zeros(2, 2))
-        tensor([[0.5000, 0.5000],
-                [0.5000, 0.5000]])
-    """
-    wide = log_sinkhorn(
-        logits.double(), temperature, mask=mask, marginals=marginals, tol=tol
-    )
-    return wide.exp().to(logits.dtype)
-
-
-class _LogSinkhorn(torch.autograd.Function):
-    """The limit, and its derivative d log P = dX - (what the potentials take up)."""
-
-    @staticmethod
-    def forward(
-        scores: Tensor,  # (*batch, n, m)
-        support: Tensor | None,  # (*batch, n, m), None for all cells
-        root: Tensor,  # (*batch, 1, m)
-        rows: Tensor,  # (*batch, n, 1)
-        columns: Tensor,  # (*batch, 1, m)
-        tol: float,
-    ) -> Tensor:
-        if not bool(torch.isfinite(scores.sum())) and not bool(
-            torch.isfinite(scores).all()
-        ):
-            raise ValueError(
-                "logits must be finite or -inf (a forbidden pair), but some are NaN or "
-                "+inf, or overflow when they are divided by the temperature."
-            )
-        n, m = scores.shape[-2:]
-        lead = scores.shape[:-2]
-        if support is not None:
-            scores = torch.where(support, scores, -torch.inf)
-        solution = solve(
-            scores.reshape(-1, n, m),
-            rows.expand(*lead, n, 1).reshape(-1, n),
-            columns.expand(*lead, 1, m).reshape(-1, m),
-            root.expand(*lead, 1, m).reshape(-1, m),
-            tol,
-        )
-        if not solution.residual <= tol:
-            warning = ConvergenceWarning(solution.residual, solution.iterations, tol)
-            warnings.warn(warning, stacklevel=4)
-        return solution.log_p.reshape(scores.shape)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        _, support, root, *_ = inputs
-        ctx.save_for_backward(output, support, root)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        log_p, support, root = ctx.saved_tensors
-        if support is not None:
-            g = torch.where(support, g, 0.0)
-        return g - currents(log_p, g, root), None, None, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _LogSinkhorn.apply(*to_front(info, in_dims, arguments)), 0  # type: ignore[no-untyped-call]
+    return scores, support, graph.root[..., None, :], rows, columns, tol
 
 
 def _any(condition: Tensor) -> bool:

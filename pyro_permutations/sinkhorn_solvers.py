@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from pyro_permutations.kernel_scaling import scale_kernel
 from pyro_permutations.log_elimination import eliminate_in_logs
 from pyro_permutations.resistor_network import Network
 
@@ -27,6 +28,10 @@ _STAGE_PIVOT = 1e-12
 # No log potential moves by more in one step, relative to the others.
 _LONGEST_STEP = 4.0
 _MOST_STEPS = 200
+# Up to this many times the first inverse temperature little is decided, and products
+# with a vector do better than factorizations.
+_WARM = 4.0
+_WARM_TOLERANCE = 1e-3
 
 
 class Solution(NamedTuple):
@@ -51,13 +56,15 @@ def solve(
     potentials; the first stage is at a temperature where that converges from nothing.
     """
     log_rows = rows.log()[..., None]
-    scale = _first_scale(scores)
-    log_p = _normalise_rows(scores * scale[:, None, None], log_rows)
+    scale = (_WARM * _first_scale(scores)).clamp_max(1.0)
+    log_p = scores * scale[:, None, None]
+    sums = rows[:, None, :], columns[:, None, :]
+    _, potentials, _, iterations = scale_kernel(log_p, *sums, _WARM_TOLERANCE)
+    log_p = _normalise_rows(log_p + potentials, log_rows)
     growth = 4.0 if scores.shape[-1] <= 48 else 2.0
     previous, previous_scale = log_p, torch.zeros_like(scale)
     square = bool((rows == 1).all() and (columns == 1).all())
     best = _BestMatching(scores) if square else None
-    iterations = 0
     while True:
         last = scale == 1
         target = torch.where(last, min(_LAST_STEP, tol**0.5 / 10), _STAGE_STEP)
@@ -132,9 +139,6 @@ def _newton(
     best: _BestMatching | None,
 ) -> tuple[Tensor, int]:
     """Newton steps until the last one was below the target, element by element."""
-    log_p = _normalise_rows(
-        log_p + (columns.log() - torch.logsumexp(log_p, -2))[:, None, :], log_rows
-    )
     active = torch.arange(len(log_p), device=log_p.device)
     steps = 0
     while len(active) and steps < _MOST_STEPS:

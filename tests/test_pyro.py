@@ -623,8 +623,8 @@ def test_nuts_on_the_site() -> None:
         pyro.sample("y", y, obs=torch.tensor([1.0, 0.0, 2.0]))
 
     for target in (model, poutine.reparam(model, config={"P": TransformReparam()})):
-        kernel = NUTS(target, max_tree_depth=4)
-        mcmc = MCMC(kernel, num_samples=25, warmup_steps=25, disable_progbar=True)
+        kernel = NUTS(target, max_tree_depth=3)
+        mcmc = MCMC(kernel, num_samples=20, warmup_steps=20, disable_progbar=True)
         mcmc.run()
         for name, value in mcmc.get_samples().items():
             assert value.isfinite().all()
@@ -640,8 +640,8 @@ def test_nuts_on_a_flat_density_has_the_uniform_mean() -> None:
         pyro.sample("P", dist.ImproperUniform(doubly_stochastic, (), (3, 3)))
 
     start = init_to_value(values={"P": torch.full((3, 3), 1 / 3)})
-    kernel = NUTS(model, max_tree_depth=4, max_plate_nesting=0, init_strategy=start)
-    mcmc = MCMC(kernel, num_samples=200, warmup_steps=60, disable_progbar=True)
+    kernel = NUTS(model, max_tree_depth=3, max_plate_nesting=0, init_strategy=start)
+    mcmc = MCMC(kernel, num_samples=150, warmup_steps=50, disable_progbar=True)
     mcmc.run()
     P = mcmc.get_samples()["P"]
     assert doubly_stochastic.check(P).all()

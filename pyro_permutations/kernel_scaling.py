@@ -1,0 +1,245 @@
+# Copyright Contributors to the pyro_permutations project.
+# SPDX-License-Identifier: Apache-2.0
+"""Scaling a positive kernel to given sums: Newton steps in the exp domain."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["scale_kernel", "solve_marginals"]
+
+# Up to this size a factorization beats conjugate gradients.
+_SMALL = 48
+# Exponents below this are raised to it: arithmetic on denormal numbers is several
+# times slower, and exp(-300) is nothing beside a row sum of one.
+_FLOOR = -300.0
+# The first temperature, in standard deviations of the scores, and the largest error of
+# a sum that a temperature on the way is left with.
+_FIRST = 0.62
+_STAGE_TOLERANCE = 0.1
+_MOST_STEPS = 60
+
+
+def scale_kernel(
+    scores: Tensor,  # (b, n, m), -inf where forbidden
+    rows: Tensor,  # (b, 1, n)
+    columns: Tensor,  # (b, 1, m)
+    tol: float,
+) -> tuple[Tensor, Tensor, float, int]:
+    """Matrix exp(scores + f_i + g_j) of given sums to an absolute tolerance, float64.
+
+    Row potentials are eliminated: with K of unit row sums and v over columns,
+    u = r / (K v) makes rows exact, and c - v K'u is the whole error. Products with a
+    vector are all that a step costs. Temperatures fall to one from where the scores
+    are mild, and the potentials, nearly linear in the temperature, are extrapolated.
+
+    Returns the matrix, the potentials g (b, 1, m), the largest error and the number of
+    steps.
+    """
+    top = scores.amax(-1, keepdim=True)
+    base = scores - top
+    below = base == -torch.inf
+    forbidden = below if bool(below.any()) else None
+    first = _first_temperature(base, forbidden)
+    t = torch.where(first < 2, 1.0, first)
+    shrink = 0.25 if scores.shape[-1] <= _SMALL else 0.5
+    potential = torch.zeros_like(columns)
+    before, t_before = potential, t
+    steps = 0
+    while True:
+        kernel = _kernel(base, potential, t, forbidden)
+        target = torch.where(t == 1, tol, _STAGE_TOLERANCE)
+        v, u, error, taken = _newton(kernel, rows, columns, target, steps == 0)
+        steps += taken
+        now = potential + t * v.log()
+        done = bool((error <= target).all()) or steps >= _MOST_STEPS
+        if done and bool((t == 1).all()):
+            break
+        if not done:  # v has left the range in which the kernel holds
+            potential = now
+            continue
+        smaller = (t * shrink).clamp_min(1.0)
+        smaller = torch.where(smaller < 1.4, 1.0, smaller)
+        slope = (now - before) / torch.where(t_before > t, t - t_before, torch.inf)
+        potential = now + slope * (smaller - t)
+        before, t_before, t = now, t, smaller
+    p = kernel.mul_(u.mT).mul_(v)
+    return p, now, float(error.amax()) if error.numel() else 0.0, steps
+
+
+def solve_marginals(
+    p: Tensor,  # (b, n, m)
+    a: Tensor,  # (b, 1, n)
+    b: Tensor,  # (b, 1, m)
+) -> tuple[Tensor, Tensor]:  # (b, 1, n), (b, 1, m)
+    """Solve r_i x_i + sum_j P_ij y_j = a_i, sum_i P_ij x_i + c_j y_j = b_j.
+
+    With r and c the sums of P, one more solve with the Laplacian of the scaling. It is
+    singular along constants, where a and b balance, and near a permutation, where its
+    ridge of 1e-14 keeps x and y finite: they are multiplied by entries that vanish.
+    """
+    r, c = p.sum(-1)[:, None, :], p.sum(-2)[:, None, :]
+    one_n, one_m = torch.ones_like(r), torch.ones_like(c)
+    rest = b - _times(a / r, p)
+    if p.shape[-1] <= _SMALL:
+        y = _factorized(p, one_n, one_m, r, rest)
+    else:
+        stop = 1e-8 * rest.abs().amax(-1, keepdim=True)
+        y = _conjugate_gradients(p, one_n, one_m, c, r, rest, stop)
+    return (a - _times(y, p.mT)) / r, y
+
+
+def _first_temperature(base: Tensor, forbidden: Tensor | None) -> Tensor:  # (b, 1, 1)
+    if forbidden is None:
+        deviation = torch.std(base, (-2, -1), correction=0, keepdim=True)
+        return _FIRST * deviation
+    count = (~forbidden).sum((-2, -1), keepdim=True)
+    values = base.masked_fill(forbidden, 0.0)
+    mean = values.sum((-2, -1), keepdim=True) / count
+    square = (values - mean).masked_fill_(forbidden, 0.0).square_()
+    return _FIRST * (square.sum((-2, -1), keepdim=True) / count).sqrt()
+
+
+def _kernel(
+    base: Tensor, potential: Tensor, t: Tensor, forbidden: Tensor | None
+) -> Tensor:
+    x = (base + potential).div_(t)
+    x -= x.amax(-1, keepdim=True)
+    x = x.clamp_min_(_FLOOR).exp_()
+    if forbidden is not None:
+        x.masked_fill_(forbidden, 0.0)
+    return x.div_(x.sum(-1, keepdim=True))
+
+
+def _newton(
+    kernel: Tensor, rows: Tensor, columns: Tensor, target: Tensor, mild: bool
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Log of v, u and the largest error, by Newton steps that each end in a sweep."""
+    v = torch.ones_like(columns)
+    v, u, sums = _sweep(kernel, v, rows, columns)
+    error = _error(sums, columns)
+    steps = 1
+    while steps < _MOST_STEPS and bool((error > target).any()):
+        # Sweeps converge linearly; while they cut the error they are cheaper.
+        if mild and steps < 12:
+            v, u, sums = _sweep(kernel, v * (columns / sums), rows, columns)
+            smaller = _error(sums, columns)
+            mild = steps < 4 or bool((smaller < 0.6 * error).all())
+            error = smaller
+        else:
+            active = error > target
+            lacking = torch.where(active, columns - sums, 0.0)
+            move = _direction(kernel, u, v, sums, rows, lacking, target)
+            v, u, sums = _line_search(kernel, v, rows, columns, lacking, move)
+            v, u, sums = _sweep(kernel, v * (columns / sums), rows, columns)
+            error = _error(sums, columns)
+        steps += 1
+        if bool((v.log().abs() > 30).any()):
+            break
+    return v, u, error, steps
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    """A row vector times a matrix: on CPUs far faster than the other way round."""
+    return torch.bmm(x, matrix)
+
+
+def _sweep(
+    kernel: Tensor, v: Tensor, rows: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    u = rows / _times(v, kernel.mT)
+    return v, u, v * _times(u, kernel)
+
+
+def _error(sums: Tensor, columns: Tensor) -> Tensor:  # (b, 1, 1)
+    return (sums - columns).abs().amax(-1, keepdim=True)
+
+
+def _line_search(
+    kernel: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    lacking: Tensor,
+    move: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shorten the step until the dual's slope along it has not turned too far."""
+    length = (20 / move.abs().amax(-1, keepdim=True).clamp_min(20)).clamp_max(1.0)
+    slope = (move * lacking).sum(-1, keepdim=True)
+    for _ in range(8):
+        ahead = _sweep(kernel, v * (length * move).exp(), rows, columns)
+        turned = (move * (columns - ahead[2])).sum(-1, keepdim=True)
+        far = turned < -0.5 * slope
+        if not bool(far.any()):
+            break
+        secant = (slope / (slope - turned)).clamp(0.1, 0.7)
+        length = torch.where(far, length * secant, length)
+    return ahead
+
+
+def _direction(
+    kernel: Tensor,
+    u: Tensor,
+    v: Tensor,
+    sums: Tensor,
+    rows: Tensor,
+    lacking: Tensor,
+    target: Tensor,
+) -> Tensor:
+    """Solve (diag(sums) - P' diag(1 / r) P) d = lacking for P = diag(u) K diag(v)."""
+    size = kernel.shape[-1]
+    if size <= _SMALL:
+        return _factorized(kernel, u, v, rows, lacking)
+    error = lacking.abs().amax(-1, keepdim=True)
+    loose = (0.3 * error.sqrt()).clamp(1e-3, 0.3) * error
+    stop = torch.maximum(loose, 0.3 * target)
+    return _conjugate_gradients(kernel, u, v, sums, rows, lacking, stop)
+
+
+def _factorized(
+    kernel: Tensor, u: Tensor, v: Tensor, rows: Tensor, b: Tensor
+) -> Tensor:
+    """By Cholesky, the diagonal a sum of what is off it, with a ridge of 1e-14."""
+    p = kernel * u.mT * v
+    laplacian = torch.bmm(p.mT, p / -rows.mT)
+    diagonal = laplacian.diagonal(dim1=-2, dim2=-1)
+    diagonal.zero_()
+    diagonal.copy_(1e-14 - laplacian.sum(-1))
+    factor, _ = torch.linalg.cholesky_ex(laplacian)
+    return torch.cholesky_solve(b.mT, factor).mT
+
+
+def _conjugate_gradients(
+    kernel: Tensor,
+    u: Tensor,
+    v: Tensor,
+    sums: Tensor,
+    rows: Tensor,
+    b: Tensor,
+    stop: Tensor,
+) -> Tensor:
+    """By conjugate gradients through the kernel, or by Cholesky where they are slow.
+
+    A factorization costs as much as about n / 4 products.
+    """
+    w = u.square() / rows
+    diagonal = (sums - v.square() * _times(w, kernel.square())).clamp_min(1e-10)
+    x, r = torch.zeros_like(b), b
+    z = r / diagonal
+    p, rz = z, (r * z).sum(-1, keepdim=True)
+    largest = r.abs().amax(-1, keepdim=True)
+    for _ in range(max(32, kernel.shape[-1] // 4)):
+        if bool((largest <= stop).all()):
+            return x
+        ap = sums * p - v * _times(w * _times(v * p, kernel.mT), kernel)
+        step = rz / (p * ap).sum(-1, keepdim=True).clamp_min(1e-300)
+        step = torch.where(largest > stop, step, 0.0)
+        x = x + step * p
+        r = r - step * ap
+        z = r / diagonal
+        rz, last = (r * z).sum(-1, keepdim=True), rz
+        p = z + rz / last.clamp_min(1e-300) * p
+        largest = r.abs().amax(-1, keepdim=True)
+    slow = largest > stop
+    return torch.where(slow, _factorized(kernel, u, v, rows, b), x)
