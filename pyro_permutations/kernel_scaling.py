@@ -19,6 +19,10 @@ _FLOOR = -300.0
 _FIRST = 0.62
 _STAGE_TOLERANCE = 0.1
 _MOST_STEPS = 60
+# No potential moves further in one step; and none further than that since the kernel
+# was made, which is raised to the floor where it is less.
+_LONGEST = 20.0
+_FARTHEST = 60.0
 
 
 def scale_kernel(
@@ -91,14 +95,16 @@ def solve_marginals(
 
 
 def _first_temperature(base: Tensor, forbidden: Tensor | None) -> Tensor:  # (b, 1, 1)
+    count = base[:, :1, :1].new_full((), base.shape[-2] * base.shape[-1])
     if forbidden is None:
-        deviation = torch.std(base, (-2, -1), correction=0, keepdim=True)
-        return _FIRST * deviation
-    count = (~forbidden).sum((-2, -1), keepdim=True)
-    values = base.masked_fill(forbidden, 0.0)
-    mean = values.sum((-2, -1), keepdim=True) / count
-    square = (values - mean).masked_fill_(forbidden, 0.0).square_()
-    return _FIRST * (square.sum((-2, -1), keepdim=True) / count).sqrt()
+        centred = base - base.mean((-2, -1), keepdim=True)
+    else:
+        count = count - forbidden.sum((-2, -1), keepdim=True)
+        values = base.masked_fill(forbidden, 0.0)
+        centred = values - values.sum((-2, -1), keepdim=True) / count
+        centred = centred.masked_fill_(forbidden, 0.0)
+    norm: Tensor = torch.linalg.vector_norm(centred, dim=(-2, -1), keepdim=True)
+    return _FIRST * norm / count.sqrt()
 
 
 def _kernel(
@@ -117,26 +123,32 @@ def _newton(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Log of v, u and the largest error, by Newton steps that each end in a sweep."""
     v = torch.ones_like(columns)
-    v, u, sums = _sweep(kernel, v, rows, columns)
+    u, sums = _sweep(kernel, v, rows)
     error = _error(sums, columns)
-    steps = 1
-    while steps < _MOST_STEPS and bool((error > target).any()):
+    steps, travelled = 1, 0.0
+    while (
+        steps < _MOST_STEPS and travelled < _FARTHEST and bool((error > target).any())
+    ):
         # Sweeps converge linearly; while they cut the error they are cheaper.
         if mild and steps < 12:
-            v, u, sums = _sweep(kernel, v * (columns / sums), rows, columns)
+            v = v * (columns / sums)
+            u, sums = _sweep(kernel, v, rows)
             smaller = _error(sums, columns)
             mild = steps < 4 or bool((smaller < 0.6 * error).all())
             error = smaller
         else:
-            active = error > target
-            lacking = torch.where(active, columns - sums, 0.0)
+            lacking = torch.where(error > target, columns - sums, 0.0)
             move = _direction(kernel, u, v, sums, rows, lacking, target)
-            v, u, sums = _line_search(kernel, v, rows, columns, lacking, move)
-            v, u, sums = _sweep(kernel, v * (columns / sums), rows, columns)
+            length = float(move.abs().amax())
+            if length > 0.5:
+                v, sums = _line_search(kernel, v, rows, columns, lacking, move)
+                v = v * (columns / sums)
+            else:
+                v = v * move.exp()
+            travelled += min(length, _LONGEST)
+            u, sums = _sweep(kernel, v, rows)
             error = _error(sums, columns)
         steps += 1
-        if bool((v.log().abs() > 30).any()):
-            break
     return v, u, error, steps
 
 
@@ -145,11 +157,10 @@ def _times(x: Tensor, matrix: Tensor) -> Tensor:
     return torch.bmm(x, matrix)
 
 
-def _sweep(
-    kernel: Tensor, v: Tensor, rows: Tensor, columns: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sweep(kernel: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """U that makes the rows exact, and what the columns add up to then."""
     u = rows / _times(v, kernel.mT)
-    return v, u, v * _times(u, kernel)
+    return u, v * _times(u, kernel)
 
 
 def _error(sums: Tensor, columns: Tensor) -> Tensor:  # (b, 1, 1)
@@ -163,19 +174,21 @@ def _line_search(
     columns: Tensor,
     lacking: Tensor,
     move: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Shorten the step until the dual's slope along it has not turned too far."""
-    length = (20 / move.abs().amax(-1, keepdim=True).clamp_min(20)).clamp_max(1.0)
+    longest = move.abs().amax(-1, keepdim=True).clamp_min(_LONGEST)
+    length = _LONGEST / longest
     slope = (move * lacking).sum(-1, keepdim=True)
     for _ in range(8):
-        ahead = _sweep(kernel, v * (length * move).exp(), rows, columns)
-        turned = (move * (columns - ahead[2])).sum(-1, keepdim=True)
+        ahead = v * (length * move).exp()
+        _, sums = _sweep(kernel, ahead, rows)
+        turned = (move * (columns - sums)).sum(-1, keepdim=True)
         far = turned < -0.5 * slope
         if not bool(far.any()):
             break
         secant = (slope / (slope - turned)).clamp(0.1, 0.7)
         length = torch.where(far, length * secant, length)
-    return ahead
+    return ahead, sums
 
 
 def _direction(
@@ -201,8 +214,8 @@ def _factorized(
     kernel: Tensor, u: Tensor, v: Tensor, rows: Tensor, b: Tensor
 ) -> Tensor:
     """By Cholesky, the diagonal a sum of what is off it, with a ridge of 1e-14."""
-    p = kernel * u.mT * v
-    laplacian = torch.bmm(p.mT, p / -rows.mT)
+    p = kernel * (u * rows.rsqrt()).mT * v
+    laplacian = torch.bmm(p.mT, p).neg_()
     diagonal = laplacian.diagonal(dim1=-2, dim2=-1)
     diagonal.zero_()
     diagonal.copy_(1e-14 - laplacian.sum(-1))

@@ -238,17 +238,32 @@ def _checked(
             f"temperature must be a scalar or of batch shape {tuple(logits.shape[:-2])}"
             f", but has shape {tuple(tau.shape)}."
         ) from None
-    lead = torch.broadcast_shapes(scores.shape[:-2], graph.batch_shape)
+    lead = _common(scores.shape[:-2], graph.batch_shape, "mask")
+    rows = columns = torch.ones(shape[-1], dtype=torch.float64, device=graph.device)
     if marginals is not None:
-        lead = torch.broadcast_shapes(lead, *(x.shape[:-1] for x in marginals))
         rows, columns = _checked_marginals(*marginals)
-    else:
-        rows = columns = torch.ones(shape[-1], dtype=torch.float64, device=graph.device)
+        if rows.shape[-1:] + columns.shape[-1:] != torch.Size(shape):
+            raise ValueError(
+                f"marginals must be {shape[0]} row sums and {shape[1]} column sums, "
+                f"but have shapes {tuple(rows.shape)} and {tuple(columns.shape)}."
+            )
+        for sums in (rows, columns):
+            lead = _common(lead, sums.shape[:-1], "marginals")
     rows, columns = rows[..., :, None], columns[..., None, :]
     scores = scores.expand(*lead, *shape)
     support = None if graph.is_full else graph.support
     tol = _TOLERANCE if tol is None else tol
     return scores, support, graph.root[..., None, :], rows, columns, tol
+
+
+def _common(batch: torch.Size, other: torch.Size, name: str) -> torch.Size:
+    try:
+        return torch.Size(torch.broadcast_shapes(batch, other))
+    except RuntimeError:
+        raise ValueError(
+            f"{name} of batch shape {tuple(other)} does not broadcast with logits of "
+            f"batch shape {tuple(batch)}."
+        ) from None
 
 
 def _any(condition: Tensor) -> bool:

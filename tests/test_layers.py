@@ -24,6 +24,7 @@ LAYERS = [
     ("resistor_network", NUMERICS),
     ("spanning_trees", NUMERICS),
     ("matching", NUMERICS),
+    ("kernel_scaling", NUMERICS),
     ("sinkhorn_solvers", NUMERICS),
     ("sinkhorn", NUMERICS),
     ("shift_integral_cubature", NUMERICS),

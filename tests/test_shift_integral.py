@@ -147,7 +147,7 @@ def test_two_by_two_far_out() -> None:
 
 
 def test_three_by_three_against_a_grid() -> None:
-    M = draws(3, 20)
+    M = draws(3, 8)
     value, error = log_shift_integral(M, graph_of(full(3)))
     expected = torch.tensor([oracles.shift_integral_grid(m) for m in M])
     assert (value - expected).abs().max() < QUADRATURE
@@ -160,7 +160,7 @@ def test_own_draws(n: int, count: int) -> None:
     value, error = log_shift_integral(M, graph_of(full(n)))
     tolerance = QUADRATURE if n == 4 else SERIES
     for k in range(count):
-        expected, chance = oracles.shift_integral(M[k], samples=40_000)
+        expected, chance = oracles.shift_integral(M[k], samples=25_000)
         assert chance < 0.003
         assert abs(float(value[k]) - expected) < tolerance + ERRORS * chance
     assert error.max() < SERIES
@@ -336,6 +336,19 @@ def test_torch_func(mask: Tensor, samples: int, scale: float) -> None:
     M.requires_grad_()
     (expected,) = torch.autograd.grad(value(M).sum(), M)
     assert torch.allclose(mapped, expected, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@EACH_METHOD
+def test_jit_trace(mask: Tensor, samples: int, scale: float) -> None:
+    graph = graph_of(mask)
+
+    def value(M: Tensor) -> Tensor:
+        return log_shift_integral(M, graph, samples=samples)[0]
+
+    traced = torch.jit.trace(value, (draws(len(mask), 2, scale),), check_trace=False)
+    M = draws(len(mask), 2, scale, seed=1)
+    assert torch.allclose(traced(M), value(M), atol=SAME)
 
 
 @EACH_METHOD
