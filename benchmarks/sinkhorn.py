@@ -24,9 +24,9 @@ Scores are N(0, 1) + Gumbel noise; the loss is (P * C).sum() with C from N(0, 1)
                 float64, which the tests hold against finite differences
     x ours      cost in terms of ours, forward and forward + backward
 
-A time is the minimum of several runs after a first one (which counts if it takes more
-than a second); the methods take turns, so that what else the machine does hits all
-alike. Compiling is not counted. All run on
+A time is the minimum of several runs after a first one (which has to do if it takes ten
+seconds); the methods take turns, so that what else the machine does hits all alike.
+Compiling is not counted. All run on
 ``--threads`` processors (1). More than 10 000 iterations, or ``--cap`` seconds of them,
 are not run: such a row shows how far that came, and a lower bound.
 """
@@ -285,8 +285,7 @@ def measure(rows: list[Row], reference: Tensor, budget: float) -> None:
         if row.converge and not row.reached:
             row.note = "not reached"
             continue
-        if row.forward < 1e3 * budget:
-            thunks[row, "forward"] = row.run.forward
+        thunks[row, "forward"] = row.run.forward
         try:
             row.peak = row.run.peak()
             if row.peak > MOST_BYTES:
@@ -300,7 +299,7 @@ def measure(rows: list[Row], reference: Tensor, budget: float) -> None:
             continue
         wrong = (gradient.double() - reference).abs().max()
         row.error = float(wrong / reference.abs().max())
-        if row.both < 1e3 * budget:
+        if row.both < 1e4 * budget:
             thunks[row, "both"] = row.run.gradient
     best, spent = dict.fromkeys(thunks, math.inf), dict.fromkeys(thunks, 0.0)
     for _ in range(50):
@@ -413,7 +412,7 @@ def main() -> None:
     parser.add_argument("--cap", type=float, default=10.0, help="seconds of iterations")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    cap, budget = (min(args.cap, 1.0), 0.1) if args.quick else (args.cap, 1.0)
+    cap, budget = (min(args.cap, 1.0), 0.3) if args.quick else (args.cap, 1.0)
     step = 2 if args.quick else 1
     if hasattr(os, "sched_setaffinity"):  # before jax counts them
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])

@@ -23,8 +23,11 @@ __all__ = ["Solution", "solve"]
 _LAST_STEP = 3e-5
 # At a stage on the way it is enough that the next one starts within reach.
 _STAGE_STEP = 1.0
-# A direction that is right to three digits will do there.
+# The smallest pivot that a factorization may meet: 1e-16 over it is the accuracy of
+# the step, three digits far from the end and nine near it, after a step of 1e-2.
 _STAGE_PIVOT = 1e-12
+_EXACT_PIVOT = 1e-6
+_NEAR = 1e-2
 # No log potential moves by more in one step, relative to the others.
 _LONGEST_STEP = 4.0
 _MOST_STEPS = 200
@@ -140,12 +143,12 @@ def _newton(
 ) -> tuple[Tensor, int]:
     """Newton steps until the last one was below the target, element by element."""
     active = torch.arange(len(log_p), device=log_p.device)
+    pivot = torch.full_like(target, _STAGE_PIVOT)
     steps = 0
     while len(active) and steps < _MOST_STEPS:
         everyone = len(active) == len(log_p)
         part = log_p if everyone else log_p[active]
         network = Network(part, root[active])
-        pivot = torch.where(target[active] < _STAGE_STEP, 1e-6, _STAGE_PIVOT)
         if best is None:
             move = _filling_step(network, columns[active], pivot)
         else:
@@ -154,7 +157,13 @@ def _newton(
         move *= (_LONGEST_STEP / size.clamp_min(_LONGEST_STEP))[:, None, None]
         part = _normalise_rows(part + move, log_rows[active])
         log_p = part if everyone else log_p.index_copy(0, active, part)
-        active = active[size > target[active]]
+        # The first steps need a direction only, the last ones an exact one; a step is
+        # the last if it was exact and short.
+        short = size < target[active]
+        exact = (pivot == _EXACT_PIVOT) | (target[active] == _STAGE_STEP)
+        pivot = torch.where(size < _NEAR, _EXACT_PIVOT, pivot)
+        going = ~(short & exact)
+        active, pivot = active[going], pivot[going]
         steps += 1
     return log_p, steps
 
