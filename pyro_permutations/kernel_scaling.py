@@ -140,7 +140,7 @@ def _newton(
             lacking = torch.where(error > target, columns - sums, 0.0)
             move = _direction(kernel, u, v, sums, rows, lacking, target)
             length = float(move.abs().amax())
-            if length > 0.5:
+            if length > 1.5:
                 v, sums = _line_search(kernel, v, rows, columns, lacking, move)
                 v = v * (columns / sums)
             else:
