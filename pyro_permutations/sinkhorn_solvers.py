@@ -7,13 +7,12 @@ from __future__ import annotations
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyro_permutations.kernel_scaling import scale_kernel
 from pyro_permutations.log_elimination import eliminate_in_logs
+from pyro_permutations.matching import best_assignments
 from pyro_permutations.resistor_network import Network
 
 __all__ = ["Solution", "solve"]
@@ -129,8 +128,8 @@ class _BestMatching:
 
     @cached_property
     def indices(self) -> Tensor:  # (b, n)
-        found = [linear_sum_assignment(-x)[1] for x in self.scores.cpu().numpy()]
-        return torch.from_numpy(np.array(found, np.int64)).to(self.scores.device)
+        found = best_assignments(self.scores.cpu().numpy())
+        return torch.from_numpy(found).to(self.scores.device)
 
 
 def _newton(

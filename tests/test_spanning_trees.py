@@ -53,6 +53,17 @@ def test_equals_enumeration(n: int, scale: float) -> None:
         assert close(log_spanning_trees(K), oracles.spanning_trees(K))
 
 
+@pytest.mark.parametrize("depth", [3.0, 10.0, 20.0, 40.0, 80.0, 200.0, 1000.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_equals_enumeration_for_many_draws(depth: float, masked: bool) -> None:
+    """Every range of weights, also those where a Cholesky factor is just possible."""
+    mask = masks()[1] if masked else masks()[0]
+    K = torch.randn(200, 4, 4) - depth * torch.rand(200, 4, 4)
+    actual = log_spanning_trees(K, graph(mask))
+    expected = torch.tensor([oracles.spanning_trees(k, mask) for k in K])
+    assert (actual - expected).abs().max() < RELATIVE
+
+
 @pytest.mark.parametrize("depth", [1.0, 30.0, 300.0, 1000.0, 5000.0])
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_near_permutations_equal_high_precision(n: int, depth: float) -> None:

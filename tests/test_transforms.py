@@ -30,6 +30,7 @@ from pyro_permutations.transforms import (
 from pyro_permutations.warnings import LostLogWarning
 
 ROUND_TRIP = 1e-8  # of an inverse, in units of the score scale
+CELLS = 1e-5  # cells of two matrices that both have their sums within 1e-6
 JACOBIAN = 1e-8  # against a determinant of the Jacobian by autograd, in nats
 PRECISE = 1e-6  # against high precision, in nats
 
@@ -245,9 +246,9 @@ def test_sinkhorn_transform_is_over_complete() -> None:
     transform = SinkhornTransform()
     X = torch.randn(3, 4, 4)
     P = transform(X)
-    assert (P - log_sinkhorn(X).exp()).abs().max() < ROUND_TRIP
-    assert (transform(X + 5 * torch.randn(4, 1)) - P).abs().max() < ROUND_TRIP
-    assert (transform(transform.inv(P)) - P).abs().max() < ROUND_TRIP
+    assert (P - log_sinkhorn(X).exp()).abs().max() < CELLS
+    assert (transform(X + 5 * torch.randn(4, 1)) - P).abs().max() < CELLS
+    assert (transform(transform.inv(P)) - P).abs().max() < CELLS
     assert not transform.bijective
     with pytest.raises(NotImplementedError):
         transform.log_abs_det_jacobian(X, P)
@@ -256,7 +257,7 @@ def test_sinkhorn_transform_is_over_complete() -> None:
     P = masked(X)
     assert not P[:, ~mask].any()
     assert masked.inv(P).isfinite().all()
-    assert (masked(masked.inv(P)) - P).abs().max() < ROUND_TRIP
+    assert (masked(masked.inv(P)) - P).abs().max() < CELLS
 
 
 # What every transform has
@@ -310,7 +311,7 @@ def test_cache_gives_back_the_same_object(name: str) -> None:
     assert cached.inv(y) is x
     if not isinstance(cached, ComposeTransform):
         assert make().with_cache(0) == make()
-    assert (make().with_cache(1)(x) - y).abs().max() < ROUND_TRIP
+    assert (make().with_cache(1)(x) - y).abs().max() < CELLS
 
 
 @pytest.mark.parametrize("name", list(TRANSFORMS))
@@ -339,7 +340,7 @@ def test_equality_depends_on_the_temperature() -> None:
 def test_transforms_vmap(name: str) -> None:
     make, value = TRANSFORMS[name]
     x = value()
-    assert (vmap(make())(x) - make()(x)).abs().max() < ROUND_TRIP
+    assert (vmap(make())(x) - make()(x)).abs().max() < CELLS
 
 
 # Registrations
@@ -384,10 +385,11 @@ def test_flat_density_has_the_uniform_mean() -> None:
     """Importance sampling of the uniform law on the 2 x 2 and 3 x 3 polytopes."""
     transform = biject_to(doubly_stochastic)
     for n in (2, 3):
-        x = 2.5 * torch.randn(20000, (n - 1) ** 2)
+        # Tails as heavy as those of the volume, so that the weights are bounded.
+        proposal = torch.distributions.Laplace(0.0, 2.0)
+        x = proposal.sample((20000, (n - 1) ** 2))
         P = transform(x)
-        proposal = torch.distributions.Normal(0.0, 2.5).log_prob(x).sum(-1)
-        log_w = transform.log_abs_det_jacobian(x, P) - proposal
+        log_w = transform.log_abs_det_jacobian(x, P) - proposal.log_prob(x).sum(-1)
         w = (log_w - log_w.max()).exp()
         # The volumes on free cells: an interval, and the 3 x 3 polytope's 1/8.
         volume = log_w.logsumexp(0).exp() / len(w)

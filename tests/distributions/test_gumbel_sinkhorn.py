@@ -351,7 +351,7 @@ def test_density_ratios_average_to_one(n: int) -> None:
         P = a.sample((count,))
         weight = (b.log_prob(P) - a.log_prob(P)).exp()
         error = weight.std() / count**0.5
-        assert error < 0.2
+        assert error < 0.5
         assert abs(weight.mean() - 1) < SIGMAS * error
 
 
