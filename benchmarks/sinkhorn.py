@@ -8,8 +8,8 @@ as a residual of 1e-6 takes: that number is searched for and convergence checks 
 so that nobody pays for more.
 
     pip install -e ".[benchmarks]"
-    python benchmarks/sinkhorn.py --quick           # two minutes
-    python benchmarks/sinkhorn.py                   # an hour
+    python benchmarks/sinkhorn.py --quick           # three minutes
+    python benchmarks/sinkhorn.py                   # an hour or more
     python benchmarks/sinkhorn.py --cells "5 x 278.*float32" --methods "loop|ott"
 
 Scores are N(0, 1) + Gumbel noise; the loss is (P * C).sum() with C from N(0, 1).

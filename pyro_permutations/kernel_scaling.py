@@ -26,10 +26,11 @@ _FARTHEST = 60.0
 
 
 def scale_kernel(
-    scores: Tensor,  # (b, n, m), -inf where forbidden
+    scores: Tensor,  # (b, n, m), -inf where forbidden if there is a mask
     rows: Tensor,  # (b, 1, n)
     columns: Tensor,  # (b, 1, m)
     tol: float,
+    masked: bool,
 ) -> tuple[Tensor, Tensor, float, int]:
     """Matrix exp(scores + f_i + g_j) of given sums to an absolute tolerance, float64.
 
@@ -41,10 +42,8 @@ def scale_kernel(
     Returns the matrix, the potentials g (b, 1, m), the largest error and the number of
     steps.
     """
-    top = scores.amax(-1, keepdim=True)
-    base = scores - top
-    below = base == -torch.inf
-    forbidden = below if bool(below.any()) else None
+    base = scores - scores.amax(-1, keepdim=True)
+    forbidden = base == -torch.inf if masked else None
     first = _first_temperature(base, forbidden)
     t = torch.where(first < 2, 1.0, first)
     shrink = 0.25 if scores.shape[-1] <= _SMALL else 0.5
@@ -124,20 +123,24 @@ def _newton(
     """Log of v, u and the largest error, by Newton steps that each end in a sweep."""
     v = torch.ones_like(columns)
     u, sums = _sweep(kernel, v, rows)
-    error = _error(sums, columns)
+    # Sweeps converge linearly; while they cut the error they are cheaper.
     steps, travelled = 1, 0.0
+    while mild and steps < 5:
+        v = v * (columns / sums)
+        u, sums = _sweep(kernel, v, rows)
+        steps += 1
+    error = _error(sums, columns)
     while (
         steps < _MOST_STEPS and travelled < _FARTHEST and bool((error > target).any())
     ):
-        # Sweeps converge linearly; while they cut the error they are cheaper.
         if mild and steps < 12:
             v = v * (columns / sums)
             u, sums = _sweep(kernel, v, rows)
             smaller = _error(sums, columns)
-            mild = steps < 4 or bool((smaller < 0.6 * error).all())
+            mild = bool((smaller < 0.6 * error).all())
             error = smaller
         else:
-            lacking = torch.where(error > target, columns - sums, 0.0)
+            lacking = columns - sums
             move = _direction(kernel, u, v, sums, rows, lacking, target)
             length = float(move.abs().amax())
             if length > 1.5:

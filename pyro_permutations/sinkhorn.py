@@ -115,7 +115,8 @@ class _LogSinkhorn(torch.autograd.Function):
         tol: float,
     ) -> Tensor:
         x, r, c, roots = _flattened(scores, support, root, rows, columns)
-        solution = solve(x, r[:, 0], c[:, 0], roots[:, 0], tol)
+        masked = support is not None
+        solution = solve(x, r[:, 0], c[:, 0], roots[:, 0], tol, masked)
         _warn(solution.residual, solution.iterations, tol)
         return solution.log_p.reshape(scores.shape)
 
@@ -149,9 +150,12 @@ class _Sinkhorn(torch.autograd.Function):
         tol: float,
     ) -> Tensor:
         x, r, c, roots = _flattened(scores, support, root, rows, columns)
-        p, _, residual, iterations = scale_kernel(x, r, c, tol)
+        masked = support is not None
+        p, _, residual, iterations = scale_kernel(x, r, c, tol, masked)
         if not residual <= tol:
-            log_p, residual, iterations = solve(x, r[:, 0], c[:, 0], roots[:, 0], tol)
+            log_p, residual, iterations = solve(
+                x, r[:, 0], c[:, 0], roots[:, 0], tol, masked
+            )
             _warn(residual, iterations, tol)
             p = log_p.exp()
         return p.reshape(scores.shape)
@@ -224,20 +228,13 @@ def _checked(
             "is matched to one column and every column to one row."
         )
     scores = logits.double()
-    forbidden = logits == -torch.inf
-    if _any(forbidden):
+    if _any(~torch.isfinite(scores.detach().sum())):
+        forbidden = logits == -torch.inf
         given = matching_graph(mask, shape, logits.device).allowed
         mask = given & ~forbidden
         scores = torch.where(forbidden, 0.0, scores)
     graph = matching_graph(mask, shape, logits.device)
-    tau = _checked_temperature(temperature, scores.device)
-    try:
-        scores = scores / tau[..., None, None]
-    except RuntimeError:
-        raise ValueError(
-            f"temperature must be a scalar or of batch shape {tuple(logits.shape[:-2])}"
-            f", but has shape {tuple(tau.shape)}."
-        ) from None
+    scores = scores / _checked_temperature(temperature, scores)
     lead = _common(scores.shape[:-2], graph.batch_shape, "mask")
     rows = columns = torch.ones(shape[-1], dtype=torch.float64, device=graph.device)
     if marginals is not None:
@@ -287,11 +284,19 @@ def _checked_marginals(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def _checked_temperature(temperature: Tensor | float, device: torch.device) -> Tensor:
-    tau = torch.as_tensor(temperature, dtype=torch.float64, device=device)
-    if _any(~((tau > 0) & (tau < torch.inf))):
+def _checked_temperature(temperature: Tensor | float, scores: Tensor) -> Tensor | float:
+    """What scores are divided by."""
+    if isinstance(temperature, Tensor):
+        tau = temperature.to(scores.device, torch.float64)
+        valid = not _any(~((tau > 0) & (tau < torch.inf)))
+        _common(scores.shape[:-2], tau.shape, "temperature")
+        divisor: Tensor | float = tau[..., None, None]
+    else:
+        divisor = float(temperature)
+        valid = 0 < divisor < torch.inf
+    if not valid:
         raise ValueError(
             f"temperature must be positive and finite, but is {temperature}. For the "
             "limit of zero use matching(logits)."
         )
-    return tau
+    return divisor

@@ -50,6 +50,7 @@ def solve(
     columns: Tensor,  # (b, m)
     root: Tensor,  # (b, m)
     tol: float,
+    masked: bool,
 ) -> Solution:
     """Scale exp(scores) to the given row and column sums, in float64.
 
@@ -61,7 +62,7 @@ def solve(
     scale = (_WARM * _first_scale(scores)).clamp_max(1.0)
     log_p = scores * scale[:, None, None]
     sums = rows[:, None, :], columns[:, None, :]
-    _, potentials, _, iterations = scale_kernel(log_p, *sums, _WARM_TOLERANCE)
+    _, potentials, _, iterations = scale_kernel(log_p, *sums, _WARM_TOLERANCE, masked)
     log_p = _normalise_rows(log_p + potentials, log_rows)
     growth = 4.0 if scores.shape[-1] <= 48 else 2.0
     previous, previous_scale = log_p, torch.zeros_like(scale)

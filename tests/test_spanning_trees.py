@@ -150,6 +150,14 @@ def test_gradient_is_the_probability_of_each_edge(n: int, depth: float) -> None:
         assert abs(g.sum() - (2 * n - 1)) < PROBABILITY
 
 
+@pytest.mark.parametrize("depth", [20.0, 60.0, 120.0, 400.0])
+def test_gradient_for_many_draws(depth: float) -> None:
+    K = torch.randn(100, 4, 4) - depth * torch.rand(100, 4, 4)
+    g = grad(lambda k: log_spanning_trees(k).sum())(K)
+    expected = torch.stack([oracles.log_edge_probabilities(k).exp() for k in K])
+    assert (g - expected).abs().max() < PROBABILITY
+
+
 @pytest.mark.parametrize("n", [20, 100])
 def test_gradient_adds_up_to_the_number_of_edges(n: int) -> None:
     for K in (torch.randn(n, n), near_permutation(n, 2000.0)):
