@@ -14,9 +14,10 @@ from pyro_permutations.log_elimination import eliminate_in_logs
 
 __all__ = ["Network"]
 
-# The smallest pivot of the Jacobi-scaled Laplacian that Cholesky may meet: rounding is
-# about 1e-16 over the pivot, so this leaves 1e-10.
-_SMALLEST_PIVOT = 1e-6
+# A factorization may be off by so much, as its test shows, where the result has to be
+# right, rather than a direction for a next step.
+_ACCURATE = 1e-11
+_ACCURATE_SOLVE = 1e-9  # for gradients
 # Below this elimination may have lost conductances to underflow.
 _WEAKEST_PIVOT = 1e-250
 
@@ -48,9 +49,14 @@ class Network:
         return Network(self.log_weights[index], self.root[index])
 
     def cholesky(
-        self, smallest_pivot: float | Tensor = _SMALLEST_PIVOT
+        self, tolerance: float | Tensor = _ACCURATE
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Factor of the scaled, grounded Laplacian, its scaling, and who may use it."""
+        """Factor of the scaled, grounded Laplacian, its scaling, and who may use it.
+
+        Grounded, the Laplacian maps ones to the conductances between each column and
+        its root. These are had without a subtraction, so that solving for them must
+        give ones, and shows what rounding has done to the pivots.
+        """
         ground = self.root.to(self.p.dtype)
         free = 1 - ground
         off = self.conductances * free[..., None, :] * free[..., :, None]
@@ -59,12 +65,12 @@ class Network:
         laplacian = torch.diag_embed((diagonal > 0).to(off.dtype))
         laplacian -= off * scale[..., None, :] * scale[..., :, None]
         factor, info = torch.linalg.cholesky_ex(laplacian)
-        pivots = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-        accurate = (
-            (info == 0) & (pivots > _SMALLEST_PIVOT) & (diagonal.amin(-1) > 1e-250)
-        )
+        accurate = (info == 0) & (diagonal.amin(-1) > _WEAKEST_PIVOT)
         identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         factor = torch.where(accurate[:, None, None], factor, identity)
+        tied = (self.conductances @ ground[..., None])[..., 0] * free + ground
+        ones = torch.cholesky_solve((tied * scale)[..., None], factor)[..., 0] * scale
+        accurate &= (ones - 1).abs().amax(-1) < tolerance
         return factor, scale, accurate
 
     def apart(self, accurate: Tensor) -> Iterator[tuple[Tensor, Network, bool]]:
@@ -129,7 +135,7 @@ class Network:
         return self._solve(change.reshape(self.p.shape), as_current=False)
 
     def _solve(self, x: Tensor, *, as_current: bool) -> Tensor:
-        factor, scale, accurate = self.cholesky()
+        factor, scale, accurate = self.cholesky(_ACCURATE_SOLVE)
         flow = x if as_current else self.rows[..., None] * self.p * x
         a = flow.sum(-1, keepdim=True)
         b = flow.sum(-2) - (self.p.mT @ a)[..., 0]

@@ -22,10 +22,9 @@ __all__ = ["Solution", "solve"]
 _LAST_STEP = 3e-5
 # At a stage on the way it is enough that the next one starts within reach.
 _STAGE_STEP = 1.0
-# The smallest pivot that a factorization may meet: 1e-16 over it is the accuracy of
-# the step, three digits far from the end and nine near it, after a step of 1e-2.
-_STAGE_PIVOT = 1e-12
-_EXACT_PIVOT = 1e-6
+# How exact a step is: two digits will do far from the end, not after a step of 1e-2.
+_ROUGH = 1e-2
+_EXACT = 1e-8
 _NEAR = 1e-2
 # No log potential moves by more in one step, relative to the others.
 _LONGEST_STEP = 4.0
@@ -143,16 +142,16 @@ def _newton(
 ) -> tuple[Tensor, int]:
     """Newton steps until the last one was below the target, element by element."""
     active = torch.arange(len(log_p), device=log_p.device)
-    pivot = torch.full_like(target, _STAGE_PIVOT)
+    tolerance = torch.full_like(target, _ROUGH)
     steps = 0
     while len(active) and steps < _MOST_STEPS:
         everyone = len(active) == len(log_p)
         part = log_p if everyone else log_p[active]
         network = Network(part, root[active])
         if best is None:
-            move = _filling_step(network, columns[active], pivot)
+            move = _filling_step(network, columns[active], tolerance)
         else:
-            move = _balancing_step(network, pivot, best, active)
+            move = _balancing_step(network, tolerance, best, active)
         size = move.abs().amax((-2, -1))
         move *= (_LONGEST_STEP / size.clamp_min(_LONGEST_STEP))[:, None, None]
         part = _normalise_rows(part + move, log_rows[active])
@@ -160,16 +159,16 @@ def _newton(
         # The first steps need a direction only, the last ones an exact one; a step is
         # the last if it was exact and short.
         short = size < target[active]
-        exact = (pivot == _EXACT_PIVOT) | (target[active] == _STAGE_STEP)
-        pivot = torch.where(size < _NEAR, _EXACT_PIVOT, pivot)
+        exact = (tolerance == _EXACT) | (target[active] == _STAGE_STEP)
+        tolerance = torch.where(size < _NEAR, _EXACT, tolerance)
         going = ~(short & exact)
-        active, pivot = active[going], pivot[going]
+        active, tolerance = active[going], tolerance[going]
         steps += 1
     return log_p, steps
 
 
 def _balancing_step(
-    network: Network, pivot: Tensor, best: _BestMatching, active: Tensor
+    network: Network, tolerance: Tensor, best: _BestMatching, active: Tensor
 ) -> Tensor:
     """The Newton step h of the column potentials to unit sums, as h_j - h_pi(i).
 
@@ -192,7 +191,7 @@ def _balancing_step(
     # Undecided but nowhere weak: one less the column sum is as good.
     source = _imbalance(p, order)
     b = torch.where((decided | ask)[:, None], source.sum(-1), 1 - p.sum(-2))
-    factor, scale, accurate = network.cholesky(pivot)
+    factor, scale, accurate = network.cholesky(tolerance)
     h = network.potentials(factor, scale, b)[..., 0]
     move = h[:, None, :] - h.gather(-1, matching)[..., None]
     for index, part, extreme in network.apart(accurate):
@@ -224,12 +223,12 @@ def _imbalance(p: Tensor, order: Tensor) -> Tensor:
     return flow - flow.mT
 
 
-def _filling_step(network: Network, columns: Tensor, pivot: Tensor) -> Tensor:
+def _filling_step(network: Network, columns: Tensor, tolerance: Tensor) -> Tensor:
     """The Newton step to any column sums, relative to each row's largest entry."""
     largest = network.log_weights.argmax(-1)
     sums = (network.p.mT @ network.rows[..., None])[..., 0]
     b = columns * (-network.log_scale).exp()[:, None] - sums
-    factor, scale, accurate = network.cholesky(pivot)
+    factor, scale, accurate = network.cholesky(tolerance)
     h = network.potentials(factor, scale, b)[..., 0]
     move = h[:, None, :] - h.gather(-1, largest)[..., None]
     for index, part, _ in network.apart(accurate):

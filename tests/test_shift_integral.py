@@ -25,6 +25,7 @@ CLOSED = 1e-12  # the closed form: rounding
 QUADRATURE = 1e-3  # promised; 1e-5 is usual
 SERIES = 0.01  # promised of the series and of the default sampling
 SAMPLED = 0.02  # promised of a flat prior under mild guides, with 4096 samples
+STATED = 0.003  # standard error that a reference at own draws may have
 ERRORS = 4  # standard errors of a reference that count as chance
 SAME = 1e-9  # two routes to one number: rounding of sums of some hundred terms
 
@@ -146,23 +147,23 @@ def test_two_by_two_far_out() -> None:
     assert torch.allclose(slope, 1 / (s - 2) - 1, rtol=CLOSED)
 
 
-def test_three_by_three_against_a_grid() -> None:
-    M = draws(3, 8)
-    value, error = log_shift_integral(M, graph_of(full(3)))
-    expected = torch.tensor([oracles.shift_integral_grid(m) for m in M])
+@pytest.mark.parametrize(("n", "nodes"), [(3, 401), (4, 61)])
+def test_three_and_four_rows_against_a_grid(n: int, nodes: int) -> None:
+    M = draws(n, 8)
+    value, error = log_shift_integral(M, graph_of(full(n)))
+    expected = torch.tensor([oracles.shift_integral_grid(m, nodes=nodes) for m in M])
     assert (value - expected).abs().max() < QUADRATURE
     assert error.max() < QUADRATURE
 
 
-@pytest.mark.parametrize(("n", "count"), [(4, 6), (5, 6), (10, 4), (20, 3), (50, 1)])
+@pytest.mark.parametrize(("n", "count"), [(5, 6), (10, 4), (20, 3), (50, 1)])
 def test_own_draws(n: int, count: int) -> None:
     M = draws(n, count)
     value, error = log_shift_integral(M, graph_of(full(n)))
-    tolerance = QUADRATURE if n == 4 else SERIES
     for k in range(count):
         expected, chance = oracles.shift_integral(M[k], samples=25_000)
-        assert chance < 0.003
-        assert abs(float(value[k]) - expected) < tolerance + ERRORS * chance
+        assert chance < STATED
+        assert abs(float(value[k]) - expected) < SERIES + ERRORS * chance
     assert error.max() < SERIES
 
 
@@ -196,7 +197,10 @@ def test_own_draws_under_masks(mask: Tensor) -> None:
                 z = float(m[0, 0] - m[0, 1] - m[1, 0] + m[1, 1])
                 expected += float(oracles.logistic_sum_density(z))
             elif len(rows) > 2:
-                log, chance = gibbs_reference(M[k].numpy()[part], mask.numpy()[part])
+                log, chance = gibbs_reference(
+                    M[k].numpy()[part], mask.numpy()[part], samples=80_000
+                )
+                assert chance < STATED
                 expected += log
                 variance += chance**2
         slack = SERIES + ERRORS * math.sqrt(variance)
@@ -245,7 +249,7 @@ def test_flat_prior_with_samples(n: int, count: int, scale: float) -> None:
 
 @pytest.mark.parametrize("samples", [0, 4096])
 @pytest.mark.parametrize("scale", [5.0, 10.0])
-@pytest.mark.parametrize(("n", "count"), [(3, 2), (5, 4), (12, 2)])
+@pytest.mark.parametrize(("n", "count"), [(3, 2), (5, 4), (12, 2), (20, 1)])
 def test_error_estimate_covers(n: int, count: int, scale: float, samples: int) -> None:
     M = draws(n, count, scale, seed=1)
     value, error = log_shift_integral(M, graph_of(full(n)), samples=samples)

@@ -25,7 +25,11 @@ is SVI with a Gumbel-Sinkhorn guide over the relaxed, doubly stochastic P_m.
 
     pip install -e ".[tutorials]" && python tutorials/worm.py
 
-EXPECTED
+Expected, in 2 minutes on one quiet core: 96% of the neurons named correctly with 4
+worms and 10 candidates, 92% with --worms 1 (means of seeds 0 to 2). The paper has 94%
+and 79%; its positions make a harder mask, where chance is 33% and not 43% as here (see
+data/README.md). The draws hardly vary at the end, and the names that are still wrong
+look as certain as the others: SVI finds a good assignment, not all there is to doubt.
 
 References:
     Mena, Linderman, Belanger, Snoek, Cunningham and Paninski, "Toward Bayesian
@@ -224,7 +228,9 @@ def draw_picture(
     whole, part = figure.subplots(1, 2)
     whole.set(title="first worm, from head to tail", ylabel="true name")
     whole.imshow(often, cmap="Blues", vmin=0, vmax=1)
-    part.set(title=f"the {size} neighbours in most doubt", ylabel="true name")
+    part.set(
+        title=f"the {size} neighbours with most errors or doubt", ylabel="true name"
+    )
     image = part.imshow(often[zoom, zoom], cmap="Blues", vmin=0, vmax=1)
     part.set_xticks(range(size), worm.names[zoom], rotation=90, fontsize=7)
     part.set_yticks(range(size), worm.names[zoom], fontsize=7)

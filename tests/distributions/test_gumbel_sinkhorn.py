@@ -28,6 +28,7 @@ from pyro_permutations.distributions import (
 )
 from pyro_permutations.matching import matching
 from pyro_permutations.matching_graph import matching_graph
+from pyro_permutations.spanning_trees import log_spanning_trees
 from pyro_permutations.transforms import carry_log, log_of
 from pyro_permutations.warnings import LostLogWarning
 
@@ -287,9 +288,12 @@ def test_density_end_to_end_against_high_precision(
     precise = oracles.precise_sinkhorn(tau * log_P, tau)
     assert (log_P - precise).abs().max() < PRECISE
     assert abs(log_P.sum() - precise.sum()) < PRECISE
+    volume = oracles.log_density(X, precise, tau, 0.0)
+    trees = volume - (n - 1) ** 2 * math.log(tau) + precise.sum()
+    assert abs(log_spanning_trees(log_P) - trees) < PRECISE
     Z = graph_of(None, n).contrasts(tau * log_P)
     base = GumbelContrasts(X).log_prob(Z)
-    expected = oracles.log_density(X, precise, tau, float(base))
+    expected = volume + base
     assert abs(d.log_prob(P) - expected) < PRECISE * (1 + 1e-3 * abs(expected))
     if n == 3:
         grid = oracles.shift_integral_grid(X - Z)
