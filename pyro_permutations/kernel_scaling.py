@@ -222,7 +222,12 @@ def _factorized(
     diagonal = laplacian.diagonal(dim1=-2, dim2=-1)
     diagonal.zero_()
     diagonal.copy_(1e-14 - laplacian.sum(-1))
-    factor, _ = torch.linalg.cholesky_ex(laplacian)
+    ridge = 1e-14
+    factor, failed = torch.linalg.cholesky_ex(laplacian)
+    while bool(failed.any()):  # rounding took clusters that are hardly tied to the rest
+        ridge *= 100
+        diagonal.add_(ridge * (failed > 0)[:, None])
+        factor, failed = torch.linalg.cholesky_ex(laplacian)
     return torch.cholesky_solve(b.mT, factor).mT
 
 
@@ -257,5 +262,5 @@ def _conjugate_gradients(
         rz, last = (r * z).sum(-1, keepdim=True), rz
         p = z + rz / last.clamp_min(1e-300) * p
         largest = r.abs().amax(-1, keepdim=True)
-    slow = largest > stop
+    slow = ~(largest <= stop)
     return torch.where(slow, _factorized(kernel, u, v, rows, b), x)

@@ -53,7 +53,7 @@ def log_sinkhorn(
         marginals: Row and column sums, ones by default. No gradient flows into them.
         tol: The largest error of a row or column sum that passes without a
             ``ConvergenceWarning``; 1e-6 by default. The logarithm needs more than the
-            sums: Newton goes on until a step is below 3e-5, or ``sqrt(tol) / 10`` if
+            sums: Newton goes on until a step is below 3e-6, or ``sqrt(tol) / 10`` if
             that is less, and what is left is about its square.
 
     Returns:

@@ -19,12 +19,12 @@ __all__ = ["Solution", "solve"]
 
 # Newton stops when its next step would move no log potential by more than this; it has
 # converged quadratically by then, so that what is left is about the square.
-_LAST_STEP = 3e-5
+_LAST_STEP = 3e-6
 # At a stage on the way it is enough that the next one starts within reach.
 _STAGE_STEP = 1.0
 # How exact a step is: two digits will do far from the end, not after a step of 1e-2.
 _ROUGH = 1e-2
-_EXACT = 1e-8
+_EXACT = 1e-10
 _NEAR = 1e-2
 # No log potential moves by more in one step, relative to the others.
 _LONGEST_STEP = 4.0
