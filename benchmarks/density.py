@@ -84,7 +84,10 @@ def by_quadrature(M: Array, mask: Array) -> tuple[float, float]:
     """Trapezoidal rule in t, b = R sinh(t), and its difference from a coarser one."""
     kernel, r, c = centred(M, mask)
     hessian = np.diag(c) - kernel.T @ (kernel / r[:, None])
-    root = np.linalg.cholesky(hessian[:-1, :-1])
+    try:
+        root = np.linalg.cholesky(hessian[:-1, :-1])
+    except np.linalg.LinAlgError:  # a direction without curvature: no scale for a grid
+        return math.nan, math.inf
     size, values = len(root), []
     for nodes in {1: (199, 299), 2: (79, 119), 3: (41, 61)}[size]:
         t, step = np.linspace(-4, 4, nodes, retstep=True)
@@ -95,14 +98,16 @@ def by_quadrature(M: Array, mask: Array) -> tuple[float, float]:
     return values[1], abs(values[1] - values[0])
 
 
-def by_sampling(M: Array, mask: Array, seed: int) -> tuple[float, float]:
+def by_sampling(
+    M: Array, mask: Array, seed: int, points: int = 100_000
+) -> tuple[float, float]:
     """Importance sampling from a t distribution, and its standard error.
 
     Given the column shifts, exp of the row shifts is Gamma, and the other way round:
     Gibbs sampling is Sinkhorn with random sums. It finds the moments for the proposal.
     """
     kernel, r, c = centred(M, mask)
-    rng, chains, steps, points = np.random.default_rng(seed), 64, 1000, 100_000
+    rng, chains, steps = np.random.default_rng(seed), 64, 1000
     beta, kept = np.ones((chains, len(M))), []
     for step in range(steps):
         alpha = rng.standard_gamma(r, beta.shape) / (beta @ kernel.T)
@@ -131,6 +136,8 @@ def reference(M: Array, blocks: list[Array], seed: int) -> tuple[float, float]:
             log, error = by_quadrature(part, mask)
         if error > AGREEMENT:
             log, error = by_sampling(part, mask, seed)
+        if error > STATED:
+            log, error = by_sampling(part, mask, seed, points=800_000)
         value, variance = value + log, variance + error**2
     return value, math.sqrt(variance)
 
@@ -195,8 +202,13 @@ def integral(
     guide: Tensor,  # (count, n, n), the logits of the draws
     bounds: dict[int, float],  # on the error, by number of density samples
     stated: float = math.inf,
+    covers: bool = False,
 ) -> None:
-    """Lines: the density of contrasts for a mask of these blocks, and its error."""
+    """Lines: the density of contrasts for a mask of these blocks, and its error.
+
+    They are to keep the bounds, the standard error to be below the stated one and, if
+    ``covers``, the error below the package's own estimate of it.
+    """
     mask = torch.block_diag(*[torch.tensor(x) for x in blocks]).bool()
     Z = GumbelContrasts(guide, mask=mask).rsample()
     M = (logits - Z).numpy()
@@ -214,7 +226,7 @@ def integral(
             f"{len(Z) - missed:>5}/{len(Z)}"
         )
         errors = [excess.max().item(), chance.max().item(), missed]
-        line(text, errors, [bound, stated, 0])
+        line(text, errors, [bound, stated, 0 if covers else math.inf])
 
 
 def full(n: int) -> Array:
@@ -351,7 +363,7 @@ def flat_prior(count: int, sizes: list[int]) -> None:
     for s, n in itertools.product((1, 2, 5, 10), sizes):
         zero, X = torch.zeros(count, n, n), s * torch.randn(count, n, n)
         bounds = {0: math.inf, POINTS: SAMPLED if s <= 2 else math.inf}
-        integral(f"{s:>2}{n:>3}", [full(n)], zero, X, bounds)
+        integral(f"{s:>2}{n:>3}", [full(n)], zero, X, bounds, covers=s >= 5)
 
 
 def main() -> None:

@@ -67,24 +67,35 @@ def log_of(
         >>> log_of(P)[0]
         tensor([   0., -500.], dtype=torch.float64)
     """
+    log_P, lost = log_and_lost(P, graph)
+    if lost is not None:
+        _WarnIfAny.apply(lost)  # type: ignore[no-untyped-call]
+    return log_P
+
+
+def log_and_lost(
+    P: Tensor,  # (*lead, n, n)
+    graph: MatchingGraph | None,
+) -> tuple[Tensor, Tensor | None]:  # (*lead, n, n) float64, and bool
+    """:func:`log_of` without the warning; where it is a guess, if none is carried."""
     log_P = _carried(P)
     base = P._base
     if log_P is None and base is not None and base.dtype == P.dtype:
         whole = _carried(base)
         if whole is not None:
             offset = P.storage_offset() - base.storage_offset()
-            return whole.as_strided(
+            log_P = whole.as_strided(
                 P.size(), P.stride(), whole.storage_offset() + offset
             )
     if log_P is not None:
-        return log_P
+        return log_P, None
     value, zero = P.double(), P <= 0
     support = None if graph is None else graph.support.to(P.device)
     lost = zero if support is None else zero & support
-    _WarnIfAny.apply(lost)  # type: ignore[no-untyped-call]
     kind = torch.finfo(P.dtype)
     log_P = torch.where(zero, kind.tiny * kind.eps, value).log()
-    return log_P if support is None else torch.where(support, log_P, -torch.inf)
+    log_P = log_P if support is None else torch.where(support, log_P, -torch.inf)
+    return log_P, lost
 
 
 class _CarriedLog:

@@ -4,7 +4,13 @@
 
 from __future__ import annotations
 
-__all__ = ["SUM_TOLERANCE", "contrasts", "doubly_stochastic", "permutation_matrix"]
+__all__ = [
+    "SUM_TOLERANCE",
+    "contrasts",
+    "doubly_stochastic",
+    "permutation_matrix",
+    "straight_through",
+]
 
 import torch
 from torch import Tensor
@@ -74,7 +80,7 @@ class _DoublyStochastic(_MatrixSet):
     _name = "doubly_stochastic"
 
     def __call__(self, mask: Tensor | MatchingGraph) -> _DoublyStochastic:
-        return _DoublyStochastic(mask)
+        return type(self)(mask)
 
     def check(
         self,
@@ -90,6 +96,15 @@ class _DoublyStochastic(_MatrixSet):
         rows = (value.sum(-1, dtype=torch.float64) - 1).abs() <= tolerance
         columns = (value.sum(-2, dtype=torch.float64) - 1).abs() <= tolerance
         return allowed.all(-1).all(-1) & rows.all(-1) & columns.all(-1)
+
+
+class _StraightThrough(_DoublyStochastic):
+    """The same set, for values that stay hard: it has no bijection.
+
+    ``transform_to`` gives hard values with the gradient of relaxed ones.
+    """
+
+    _name = "straight_through"
 
 
 class _Contrasts(_MatrixSet):
@@ -161,5 +176,14 @@ class _PermutationMatrix(Constraint):
 
 
 doubly_stochastic = _DoublyStochastic()
+straight_through = _StraightThrough()
 contrasts = _Contrasts
 permutation_matrix = _PermutationMatrix()
+
+
+def holds(condition: Tensor) -> bool:
+    """Whether a condition holds everywhere; True where no value may be looked at."""
+    try:
+        return bool(condition.all())
+    except RuntimeError:  # under torch.func.vmap
+        return True

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["scale_kernel", "solve_marginals"]
+__all__ = ["scale_kernel", "solve_marginals", "spread"]
 
 # Up to this size a factorization beats conjugate gradients.
 _SMALL = 48
@@ -44,7 +44,7 @@ def scale_kernel(
     """
     base = scores - scores.amax(-1, keepdim=True)
     forbidden = base == -torch.inf if masked else None
-    first = _first_temperature(base, forbidden)
+    first = _FIRST * spread(base, forbidden)
     t = torch.where(first < 2, 1.0, first)
     shrink = 0.25 if scores.shape[-1] <= _SMALL else 0.5
     potential = torch.zeros_like(columns)
@@ -62,6 +62,8 @@ def scale_kernel(
         if not done:  # v has left the range in which the kernel holds
             potential = now
             continue
+        if taken == 1:  # the path is straight by now
+            shrink *= shrink
         smaller = (t * shrink).clamp_min(1.0)
         smaller = torch.where(smaller < 1.4, 1.0, smaller)
         slope = (now - before) / torch.where(t_before > t, t - t_before, torch.inf)
@@ -69,6 +71,27 @@ def scale_kernel(
         before, t_before, t = now, t, smaller
     p = kernel.mul_(u.mT).mul_(v)
     return p, now, float(error.amax()) if error.numel() else 0.0, steps
+
+
+def spread(
+    scores: Tensor,  # (b, n, m)
+    forbidden: Tensor | None,  # (b, n, m)
+) -> Tensor:  # (b, 1, 1)
+    """Standard deviation of the scores of the allowed pairs."""
+    count = scores[:, :1, :1].new_full((), scores.shape[-2] * scores.shape[-1])
+    if forbidden is None:
+        centred = scores - scores.mean((-2, -1), keepdim=True)
+    else:
+        count = count - forbidden.sum((-2, -1), keepdim=True)
+        values = scores.masked_fill(forbidden, 0.0)
+        centred = values - values.sum((-2, -1), keepdim=True) / count
+        centred = centred.masked_fill_(forbidden, 0.0)
+    # Relative to the largest: the squares of scores of 1e200 would overflow.
+    largest = centred.abs().amax((-2, -1), keepdim=True).clamp_min(1e-300)
+    norm: Tensor = torch.linalg.vector_norm(
+        centred.div_(largest), dim=(-2, -1), keepdim=True
+    )
+    return largest * norm / count.sqrt()
 
 
 def solve_marginals(
@@ -91,19 +114,6 @@ def solve_marginals(
         stop = 1e-8 * rest.abs().amax(-1, keepdim=True)
         y = _conjugate_gradients(p, one_n, one_m, c, r, rest, stop)
     return (a - _times(y, p.mT)) / r, y
-
-
-def _first_temperature(base: Tensor, forbidden: Tensor | None) -> Tensor:  # (b, 1, 1)
-    count = base[:, :1, :1].new_full((), base.shape[-2] * base.shape[-1])
-    if forbidden is None:
-        centred = base - base.mean((-2, -1), keepdim=True)
-    else:
-        count = count - forbidden.sum((-2, -1), keepdim=True)
-        values = base.masked_fill(forbidden, 0.0)
-        centred = values - values.sum((-2, -1), keepdim=True) / count
-        centred = centred.masked_fill_(forbidden, 0.0)
-    norm: Tensor = torch.linalg.vector_norm(centred, dim=(-2, -1), keepdim=True)
-    return _FIRST * norm / count.sqrt()
 
 
 def _kernel(

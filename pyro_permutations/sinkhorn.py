@@ -20,6 +20,8 @@ __all__ = ["log_sinkhorn", "sinkhorn"]
 
 # A row or column sum may be off by this much unless the caller says otherwise.
 _TOLERANCE = 1e-6
+# Sums and differences of scores up to here do not overflow.
+_LARGEST = 1e300
 
 
 def log_sinkhorn(
@@ -191,12 +193,10 @@ def _flattened(
     scores: Tensor, support: Tensor | None, root: Tensor, rows: Tensor, columns: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Checked scores (b, n, m), row sums (b, 1, n), column sums and roots (b, 1, m)."""
-    if not bool(torch.isfinite(scores.sum())) and not bool(
-        torch.isfinite(scores).all()
-    ):
+    if scores.numel() and not bool(scores.abs().amax() < _LARGEST):
         raise ValueError(
             "logits must be finite or -inf (a forbidden pair), but some are NaN or "
-            "+inf, or overflow when they are divided by the temperature."
+            f"+inf, or exceed {_LARGEST:.0e} when divided by the temperature."
         )
     if support is not None:
         scores = torch.where(support, scores, -torch.inf)
@@ -223,8 +223,16 @@ def _checked(
     tol: float | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, float]:
     """Scores over the temperature in float64, and what else the solvers take."""
-    if not torch.is_tensor(logits) or logits.dim() < 2:
-        raise ValueError("logits must be a tensor of shape (*batch, n, n).")
+    if (
+        not isinstance(logits, Tensor)
+        or logits.dim() < 2
+        or not logits.is_floating_point()
+    ):
+        raise ValueError(
+            "logits must be a floating point tensor of shape (*batch, n, n), not "
+            f"{getattr(logits, 'dtype', type(logits).__name__)} of shape "
+            f"{tuple(getattr(logits, 'shape', ()))}."
+        )
     shape = (logits.shape[-2], logits.shape[-1])
     if shape[0] != shape[1]:
         raise ValueError(
@@ -250,6 +258,8 @@ def _checked(
             )
         for sums in (rows, columns):
             lead = _common(lead, sums.shape[:-1], "marginals")
+        if not graph.is_full:
+            _check_components(graph, rows, columns)
     rows, columns = rows[..., :, None], columns[..., None, :]
     scores = scores.expand(*lead, *shape)
     support = None if graph.is_full else graph.support
@@ -288,6 +298,24 @@ def _checked_marginals(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
             f"and the column sums to {totals[1]}."
         )
     return rows, columns
+
+
+def _check_components(graph: MatchingGraph, rows: Tensor, columns: Tensor) -> None:
+    """What has to hold within a component of the mask, since nothing crosses."""
+    totals = [
+        torch.zeros_like(sums.expand(component.shape)).scatter_add(
+            -1, component, sums.expand(component.shape)
+        )
+        for sums, component in (
+            (rows, graph.row_component),
+            (columns, graph.column_component),
+        )
+    ]
+    if _any((totals[0] - totals[1]).abs() > 1e-9 * totals[0].amax(-1, keepdim=True)):
+        raise ValueError(
+            "marginals are not possible with this mask: it falls apart into components "
+            "in which the row sums and the column sums do not add up to the same."
+        )
 
 
 def _checked_temperature(temperature: Tensor | float, scores: Tensor) -> Tensor | float:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_permutations.kernel_scaling import scale_kernel
+from pyro_permutations.kernel_scaling import scale_kernel, spread
 from pyro_permutations.log_elimination import eliminate_in_logs
 from pyro_permutations.matching import best_assignments
 from pyro_permutations.resistor_network import Network
@@ -58,7 +58,9 @@ def solve(
     potentials; the first stage is at a temperature where that converges from nothing.
     """
     log_rows = rows.log()[..., None]
-    scale = (_WARM * _first_scale(scores)).clamp_max(1.0)
+    # The first inverse temperature, 1 where the scores are mild.
+    deviation = spread(scores, scores == -torch.inf if masked else None)[:, 0, 0]
+    scale = (_WARM * 1.6 / deviation.clamp_min(1e-300)).clamp_max(1.0)
     log_p = scores * scale[:, None, None]
     sums = rows[:, None, :], columns[:, None, :]
     _, potentials, _, iterations = scale_kernel(log_p, *sums, _WARM_TOLERANCE, masked)
@@ -74,6 +76,8 @@ def solve(
         iterations += steps
         if bool(last.all()):
             break
+        if steps == 1:  # the path is straight by now
+            growth *= growth
         larger = (scale * growth).clamp_max(1.0)
         larger = torch.where(larger > 0.7, 1.0, larger)
         ahead = _extrapolate(log_p, previous, scale, previous_scale, larger)
@@ -81,19 +85,6 @@ def solve(
         log_p, scale = _normalise_rows(ahead, log_rows), larger
     residual = (log_p.exp().sum(-2) - columns).abs().amax() if log_p.numel() else None
     return Solution(log_p, 0.0 if residual is None else residual.item(), iterations)
-
-
-def _first_scale(scores: Tensor) -> Tensor:
-    """The inverse temperature of the first stage, 1 where the scores are mild."""
-    allowed = scores > -torch.inf
-    count = allowed.sum((-2, -1)).clamp_min(1)
-    values = torch.where(allowed, scores, 0.0)
-    mean = values.sum((-2, -1), keepdim=True) / count[:, None, None]
-    centred = torch.where(allowed, values - mean, 0.0)
-    # Scale-free: squares of scores of 1e200 would overflow.
-    largest = centred.abs().amax((-2, -1)).clamp_min(1e-300)
-    relative = (centred / largest[:, None, None]).square().sum((-2, -1)) / count
-    return (1.6 / (largest * relative.sqrt()).clamp_min(1e-300)).clamp_max(1.0)
 
 
 def _extrapolate(
@@ -158,7 +149,10 @@ def _newton(
         log_p = part if everyone else log_p.index_copy(0, active, part)
         # The first steps need a direction only, the last ones an exact one; a step is
         # the last if it was exact and short.
-        short = size < target[active]
+        rounding = 1e-15 * part.masked_fill(part == -torch.inf, 0.0).abs().amax(
+            (-2, -1)
+        )
+        short = size < target[active] + rounding
         exact = (tolerance == _EXACT) | (target[active] == _STAGE_STEP)
         tolerance = torch.where(size < _NEAR, _EXACT, tolerance)
         going = ~(short & exact)

@@ -30,8 +30,13 @@ from torch.distributions.constraints import independent, real
 from torch.distributions.transforms import ComposeTransform, Transform
 from torch.nn.functional import pad
 
-from pyro_permutations.carried_log import carry_log, log_of
-from pyro_permutations.constraints import contrasts, doubly_stochastic
+from pyro_permutations.carried_log import carry_log, log_and_lost, log_of
+from pyro_permutations.constraints import (
+    contrasts,
+    doubly_stochastic,
+    holds,
+    straight_through,
+)
 from pyro_permutations.matching import matching
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
 from pyro_permutations.sinkhorn import log_sinkhorn
@@ -73,7 +78,7 @@ class SinkhornTransform(Transform):
         """Return the transform with a cache of another size."""
         if cache_size == self._cache_size:
             return self
-        return SinkhornTransform(self.graph, cache_size)
+        return type(self)(self.graph, cache_size)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SinkhornTransform) and self.codomain == other.codomain
@@ -87,7 +92,9 @@ class SinkhornTransform(Transform):
 
     def _inverse(self, y: Tensor) -> Tensor:
         graph = _graph(self.graph, y)
-        return torch.where(graph.support, log_of(y, graph), 0).to(y.dtype)
+        # No warning where the log is lost: the scores are a starting point, no density.
+        log_P, _ = log_and_lost(y, graph)
+        return torch.where(graph.support, log_P, 0).to(y.dtype)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """Shape of P for a shape of X: batches of masks broadcast."""
@@ -121,6 +128,9 @@ class BirkhoffTransform(Transform):
             :class:`~pyro_permutations.matching_graph.MatchingGraph`.
         cache_size: As in torch: 0, or 1 to remember the last pair.
 
+    Raises:
+        ValueError: If the temperature is not positive and finite.
+
     Example:
         >>> transform = BirkhoffTransform(0.5)
         >>> P = transform(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
@@ -138,6 +148,7 @@ class BirkhoffTransform(Transform):
         self, temperature: float | Tensor, mask: Mask = None, cache_size: int = 0
     ) -> None:
         super().__init__(cache_size=cache_size)
+        _check_temperature(as_temperature(temperature))
         self.temperature = temperature
         self.codomain = doubly_stochastic if mask is None else doubly_stochastic(mask)
         self.graph = self.codomain.graph
@@ -164,6 +175,9 @@ class BirkhoffTransform(Transform):
 
     def __hash__(self) -> int:
         return hash((BirkhoffTransform, self.codomain))
+
+    def __repr__(self) -> str:
+        return f"BirkhoffTransform(temperature={self.temperature})"
 
     def _call(self, x: Tensor) -> Tensor:
         graph = _graph(self.graph, x)
@@ -357,7 +371,8 @@ class HardenTransform(Transform):
     def __init__(self, mask: Mask = None, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
         self.domain = doubly_stochastic if mask is None else doubly_stochastic(mask)
-        self.codomain, self.graph = self.domain, self.domain.graph
+        self.codomain = straight_through if mask is None else straight_through(mask)
+        self.graph = self.domain.graph
 
     def with_cache(self, cache_size: int = 1) -> HardenTransform:
         """Return the transform with a cache of another size."""
@@ -389,6 +404,46 @@ class HardenTransform(Transform):
     ) -> Tensor:  # (*lead,)
         """Zero: the density is that of the relaxed value."""
         return y.new_zeros(y.shape[:-2])
+
+
+class _StraightThroughTransform(SinkhornTransform):
+    """Any score matrix to its best matching, with the gradient of Sinkhorn."""
+
+    def __init__(self, mask: Mask = None, cache_size: int = 0) -> None:
+        super().__init__(mask, cache_size)
+        self.codomain = straight_through if mask is None else straight_through(mask)
+
+    def _call(self, x: Tensor) -> Tensor:
+        hard: Tensor = HardenTransform(self.graph)(super()._call(x))
+        return hard
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        # Many scores have this matching: moderate ones, to leave Sinkhorn a gradient.
+        return y.clone()
+
+
+def as_temperature(
+    temperature: float | Tensor,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Return a temperature as a tensor, or say that it is none."""
+    try:
+        return torch.as_tensor(temperature, dtype=dtype, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            "temperature must be a number or a tensor, got "
+            f"{type(temperature).__name__}."
+        ) from None
+
+
+def _check_temperature(temperature: Tensor) -> None:
+    if not holds((temperature > 0) & (temperature < torch.inf)):
+        raise ValueError(
+            f"temperature must be positive and finite, got {temperature.tolist()}. For "
+            "the limit of zero, the hard matching, use matching(logits) or the "
+            "distribution's mode."
+        )
 
 
 def _with_log(log_P: Tensor, dtype: torch.dtype) -> Tensor:
@@ -426,7 +481,23 @@ def _sinkhorn_for(constraint: Any) -> SinkhornTransform:
     return SinkhornTransform(constraint.graph)
 
 
+def _no_bijection_for(constraint: Any) -> Transform:
+    raise NotImplementedError(
+        "GumbelSinkhornStraightThrough has no bijection to unconstrained space: an "
+        "autoguide or sampler would give relaxed values in place of hard ones. Use a "
+        "GumbelSinkhornStraightThrough guide for this site; or poutine.reparam(model, "
+        'config={"<site>": TransformReparam()}), whose values stay hard; or '
+        "GumbelSinkhorn, if relaxed values are meant."
+    )
+
+
+def _straight_through_for(constraint: Any) -> _StraightThroughTransform:
+    return _StraightThroughTransform(constraint.graph)
+
+
 biject_to.register(contrasts, _contrasts_for)
 transform_to.register(contrasts, _contrasts_for)
 biject_to.register(doubly_stochastic, _bijection_for)
 transform_to.register(doubly_stochastic, _sinkhorn_for)
+biject_to.register(straight_through, _no_bijection_for)
+transform_to.register(straight_through, _straight_through_for)

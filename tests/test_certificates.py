@@ -34,7 +34,6 @@ BALANCE = 1e-6  # log of flow in over flow out; the solver's own aim is about 1e
 PLAIN = 1e-7  # a plain loop stops when it moves by 1e-12, at rates of up to 1 - 1e-3
 SOLVES = 1e-6  # of all that flows: sums of a gradient that are zero for exact solves
 
-EXTREME = 1000.0  # scale over temperature from which a matrix of 60 takes a second
 MILD = 10.0  # scale over temperature up to which plain iteration is worth a try
 
 
@@ -137,40 +136,30 @@ class Problem(NamedTuple):
     ratio: float  # scale over temperature
 
 
-def problem(n: int, number: int, masked: bool, extreme: bool) -> Problem:
+def problem(n: int, number: int) -> Problem:
+    """Problem of a size and a number, with a mask if the number is odd."""
     rng = np.random.default_rng((n, number))
     family = SCORES[rng.integers(len(SCORES))]
-    while True:
-        scale = 10 ** rng.uniform(-1, 3)
-        temperature = 10 ** rng.uniform(math.log10(0.005), 1)
-        ratio = scale / temperature
-        if extreme or ratio <= EXTREME:
-            break
+    scale = 10 ** rng.uniform(-1, 3)
+    temperature = 10 ** rng.uniform(math.log10(0.005), 1)
     scores = torch.from_numpy(scale * family(rng, n))
-    name = f"problem({n}, {number}, {masked}, {extreme}): {family.__name__}"
+    name = f"problem({n}, {number}): {family.__name__}"
     mask = np.ones((n, n), dtype=bool)
-    if masked:
+    if number % 2:
         shape = MASKS[rng.integers(len(MASKS))]
         rows, columns = rng.permutation(n), rng.permutation(n)
         mask = (shape(rng, n) | np.eye(n, dtype=bool))[rows][:, columns]
         name += f", {shape.__name__}"
     name += f", scale {scale:.3g}, temperature {temperature:.3g}"
+    ratio = scale / temperature
     return Problem(name, scores, temperature, torch.from_numpy(mask), ratio)
 
 
-def batches(n: int) -> list[tuple[bool, list[Problem]]]:
+def batches(n: int) -> tuple[list[Problem], list[Problem]]:
     """The problems of one size, without and with a mask; 1000 for n from 1 to 60."""
-    half = 20 if n <= 10 else 10 if n <= 30 else 4 if n <= 50 else 2
-    return [
-        (
-            masked,
-            [
-                problem(n, 2 * k + masked, masked, n <= 20 or k == n % half)
-                for k in range(half)
-            ],
-        )
-        for masked in (False, True)
-    ]
+    count = 40 if n <= 10 else 20 if n <= 30 else 8 if n <= 50 else 4
+    some = [problem(n, number) for number in range(count)]
+    return some[::2], some[1::2]
 
 
 # Certificates
@@ -186,8 +175,8 @@ def imbalance(log_p: Array) -> float:
     are what single linkage finds.
     """
     n = len(log_p)
-    if n == 1:
-        return 0.0
+    if n == 1 or np.isnan(log_p).any():
+        return float(0 * log_p.sum())
     _, match = linear_sum_assignment(-log_p)
     flow = log_p[:, match]
     distance = -np.maximum(flow, flow.T)
@@ -211,18 +200,20 @@ def log_sum(log_p: Array, cells: Array) -> Array:  # (n, n), (k, n, n) -> (k,)
 
 
 def plain_loop(scores: Tensor, mask: Tensor, steps: int = 10_000) -> Tensor:
-    """Row and column scaling of mild scores; NaN where it has not converged by then."""
-    log_p = torch.full_like(scores, torch.nan)
-    kernel = torch.where(mask, scores, -torch.inf).softmax(-1)
+    """Columns and rows scaled in turn until they stand still, from mild scores."""
+    log_p = torch.where(mask, scores, -torch.inf).log_softmax(-1)
     going = torch.arange(len(scores))
+    kernel = log_p.exp()
     u = v = torch.ones(len(scores), 1, scores.shape[-1])
-    for _ in range(steps // 10):
-        for _ in range(10):
-            u, before = 1 / (v @ kernel.mT), u
-            v = 1 / (u @ kernel)
-        done = ((u - before).abs() < 1e-12 * u).all(-1)[:, 0]
+    for step in range(steps):
+        before = v
+        v = 1 / (u @ kernel)
+        u = 1 / (v @ kernel.mT)
+        if step % 10:
+            continue
+        done = ((v - before).abs() < 1e-13 * v).all(-1)[:, 0] | (step == steps - 10)
         if done.any():
-            log_p[going[done]] = (kernel * u.mT * v).log()[done]
+            log_p[going[done]] += u[done].log().mT + v[done].log()
             going, kernel, u, v = going[~done], kernel[~done], u[~done], v[~done]
         if not len(going):
             break
@@ -253,7 +244,7 @@ class Ledger:
             self.lines.append(line)
 
 
-def failures(problems: list[Problem], masked: bool) -> list[str]:
+def failures(problems: list[Problem]) -> list[str]:
     ledger = Ledger(problems)
     scores = torch.stack([p.scores for p in problems])
     temperature = torch.tensor([p.temperature for p in problems])
@@ -262,6 +253,7 @@ def failures(problems: list[Problem], masked: bool) -> list[str]:
     graph = matching_graph(mask, (n, n))
     support, per_cell = graph.support, temperature[:, None, None]
     # A mask is given as such, or as scores of -inf for sizes that are even.
+    masked = not mask.all()
     by_score = masked and n % 2 == 0
     X = torch.where(mask, scores, -torch.inf) if by_score else scores.clone()
     inputs = X.requires_grad_(), temperature.clone().requires_grad_()
@@ -315,27 +307,54 @@ def failures(problems: list[Problem], masked: bool) -> list[str]:
         sums = torch.maximum(gradient.sum(-1).abs(), gradient.sum(-2).abs()).amax(-1)
         ledger.check(f"sums of the gradient of {what} not zero:", sums, SOLVES * total)
 
-    # Plain iteration, where it gets there.
+    # Plain iteration, where it gets there: it stands still elsewhere too, unbalanced.
     mild = torch.tensor([q.ratio <= MILD for q in problems])
     if mild.any():
         loop = plain_loop((scores / per_cell)[mild], mask[mild])
-        stopped = loop.isnan().any(-1).any(-1)
-        error = largest(torch.where(support[mild], (loop - log_p[mild]), 0.0))
+        there = torch.tensor([imbalance(l.numpy()) < PLAIN / n for l in loop])
+        error = largest(torch.where(support[mild], loop - log_p[mild], 0.0))
         errors = torch.zeros(len(problems))
-        errors[mild] = torch.where(stopped, 0.0, error)
+        errors[mild] = torch.where(there, error, 0.0)
         ledger.check("plain iteration differs by", errors, PLAIN)
     return ledger.lines
 
 
 @pytest.mark.parametrize("n", range(1, 61))
 def test_every_problem_carries_its_certificate(n: int) -> None:
-    lines = [line for masked, some in batches(n) for line in failures(some, masked)]
+    lines = [line for some in batches(n) for line in failures(some)]
     assert not lines, "\n".join(lines)
 
 
-def test_there_are_a_thousand_problems_of_every_kind() -> None:
-    sizes = [len(some) for n in range(1, 61) for _, some in batches(n)]
-    assert sum(sizes) == 1000
+# Where a solver has failed: clusters that are tied by next to nothing, once it starts
+# far from balance; and flows inside of clusters whose rounding hides those between.
+HARD = {
+    "ties of three": ([[1, 2, 2], [1, 0, 0], [2, 0, 0]], 1e-4),
+    "ties of four": ([[0, 1, 2, 2], [1, 1, 1, 1], [1, 2, 0, 0], [2, 0, 0, 0]], 1e-4),
+    "rank one": (
+        [
+            [2.00, -46.35, 9.65, -34.77, 7.40],
+            [2.09, -48.50, 10.10, -36.38, 7.74],
+            [-1.71, 39.65, -8.25, 29.74, -6.33],
+            [3.33, -77.34, 16.10, -58.01, 12.34],
+            [-6.45, 149.78, -31.18, 112.35, -23.90],
+        ],
+        1.0,
+    ),
+    "identity": (np.eye(49), 0.03),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_problem_carries_its_certificate(name: str) -> None:
+    x, temperature = HARD[name]
+    scores = torch.as_tensor(x, dtype=torch.float64)
+    mask = torch.ones_like(scores, dtype=torch.bool)
+    hard = Problem(name, scores, temperature, mask, math.inf)
+    assert not failures([hard])
+
+
+def test_there_are_a_thousand_problems() -> None:
+    assert sum(len(some) for n in range(1, 61) for some in batches(n)) == 1000
 
 
 def test_the_certificate_is_not_idle() -> None:
@@ -345,3 +364,19 @@ def test_the_certificate_is_not_idle() -> None:
     assert imbalance(wrong.numpy()) == pytest.approx(200)
     right = torch.tensor([[0.0, -200.0], [-200.0, 0.0]])
     assert imbalance(right.numpy()) < BALANCE
+
+
+def test_the_certificate_sees_clusters() -> None:
+    """Two pairs, each balanced inside by flows of e^-2, and wrong by 20 between them.
+
+    Rows tell no more than rounding then: all that they exchange is e^-2, to 1e-17.
+    """
+    log_p = torch.tensor(
+        [
+            [0.0, -2.0, -80.0, -80.0],
+            [-2.0, 0.0, -80.0, -80.0],
+            [-60.0, -60.0, 0.0, -2.0],
+            [-60.0, -60.0, -2.0, 0.0],
+        ]
+    )
+    assert imbalance(log_p.numpy()) == pytest.approx(20)

@@ -19,11 +19,12 @@ from pyro_permutations.constraints import (
     contrasts,
     doubly_stochastic,
     permutation_matrix,
+    straight_through,
 )
 from pyro_permutations.matching_graph import matching_graph
 from pyro_permutations.sinkhorn import sinkhorn
 
-ALL = [doubly_stochastic, contrasts(), permutation_matrix]
+ALL = [doubly_stochastic, straight_through, contrasts(), permutation_matrix]
 
 
 def mask() -> Tensor:
@@ -179,6 +180,8 @@ def test_equal_means_the_same_set() -> None:
     assert contrasts() == contrasts()
     assert contrasts() != contrasts(cells)
     assert doubly_stochastic != contrasts()
+    assert straight_through(cells) == straight_through(graph)
+    assert straight_through(cells) != doubly_stochastic(cells)
 
 
 # Contrasts

@@ -289,3 +289,14 @@ def test_other_indices_are_refused(perm):
 def test_indices_must_be_integers(perm):
     with pytest.raises(ValueError, match=r"perm must be integers of shape \(\*batch"):
         to_matrix(perm)
+
+
+def test_batch_solver_agrees_with_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where lapx is installed it finds matchings of the same total."""
+    pytest.importorskip("lap")
+    X = torch.cat([torch.randn(20, 30, 30), torch.randint(3, (20, 30, 30)).double()])
+    ours = matching(X)
+    monkeypatch.setattr("pyro_permutations.matching.lapjvr_batch", None)
+    theirs = matching(X)
+    totals = ((ours - theirs) * X).sum((-2, -1))
+    assert totals.abs().max() < 1e-10  # rounding of sums of 30 scores

@@ -49,7 +49,7 @@ from pyro.infer.reparam import AutoReparam, TransformReparam
 from pyro.optim import Adam
 from torch import Tensor
 
-from pyro_permutations.constraints import doubly_stochastic
+from pyro_permutations.constraints import doubly_stochastic, permutation_matrix
 from pyro_permutations.distributions import (
     GumbelContrasts,
     GumbelSinkhorn,
@@ -578,6 +578,53 @@ def test_reparametrized_site_keeps_value_and_support() -> None:
             assert ((P == 0) | (P == 1)).all()
     auto = AutoReparam()(prior_only(torch.zeros(3, 3)))
     assert math.isfinite(Trace_ELBO().loss(auto, AutoNormal(auto)))
+
+
+def permuted(cls, tau: float) -> Callable:
+    """Five numbers seen in another order; in float32, where cold draws underflow."""
+    x = torch.arange(5.0).float()
+
+    def model() -> None:
+        P = pyro.sample("P", cls(torch.zeros(5, 5).float(), tau))
+        pyro.sample("y", dist.Normal(P @ x, 0.5).to_event(1), obs=x.roll(2))
+
+    return model
+
+
+@pytest.mark.parametrize("cls", [GumbelSinkhorn, GumbelSinkhornStraightThrough])
+def test_recommended_path_at_low_temperature_does_not_warn(cls) -> None:
+    """Warnings are errors here; Pyro inverts a cold draw and throws the result away."""
+    model = poutine.reparam(permuted(cls, 0.02), config={"P": TransformReparam()})
+    guide = AutoNormal(model)
+    svi = SVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO())
+    losses = [svi.step() for _ in range(60)]
+    assert all(math.isfinite(x) for x in losses)
+    assert sum(losses[-20:]) < sum(losses[:20])
+    trace = poutine.trace(poutine.condition(model, guide())).get_trace()
+    P = trace.nodes["P"]["value"]
+    inside = doubly_stochastic if cls is GumbelSinkhorn else permutation_matrix
+    assert inside.check(P)
+
+
+@pytest.mark.parametrize(
+    "autoguide", [AutoNormal, AutoNormalMessenger, AutoLaplaceApproximation]
+)
+def test_unconstrained_guides_refuse_hard_sites(autoguide) -> None:
+    model = permuted(GumbelSinkhornStraightThrough, 0.5)
+    with pytest.raises(NotImplementedError, match=r"guide.*TransformReparam"):
+        autoguide(model)()
+
+
+@pytest.mark.parametrize("strategy", [init_to_feasible, init_to_sample])
+def test_autodelta_keeps_hard_values(strategy) -> None:
+    model = permuted(GumbelSinkhornStraightThrough, 0.5)
+    guide = AutoDelta(model, init_loc_fn=strategy)
+    svi = SVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO())
+    values = []
+    for _ in range(10):
+        assert math.isfinite(svi.step())
+        values.append(guide()["P"])
+    assert permutation_matrix.check(torch.stack(values)).all()
 
 
 def test_guide_list_mixes_a_matching_with_an_autoguide() -> None:

@@ -784,3 +784,29 @@ def test_bad_marginals_are_named() -> None:
     ]:
         with pytest.raises(ValueError, match="marginals"):
             sinkhorn(X, marginals=(rows, columns))
+
+
+@pytest.mark.parametrize("function", [sinkhorn, log_sinkhorn])
+def test_integer_scores_are_refused(function) -> None:
+    """A result in the type of the scores would be rounded to zeros and ones."""
+    with pytest.raises(ValueError, match="logits must be a floating point"):
+        function(torch.tensor([[0, 3], [1, 0]]))
+
+
+def test_marginals_that_a_mask_cannot_have_are_refused() -> None:
+    diagonal = torch.eye(3, dtype=torch.bool)
+    sums = torch.tensor([1.0, 1.0, 2.0])
+    with pytest.raises(ValueError, match="marginals are not possible with this mask"):
+        sinkhorn(torch.zeros(3, 3), mask=diagonal, marginals=(sums, sums.flip(0)))
+
+
+@pytest.mark.parametrize("scale", [1e6, 1e30, 1e299])
+def test_huge_scores_give_the_matching(scale: float) -> None:
+    X = scale * torch.randn(5, 5)
+    assert torch.equal(sinkhorn(X).round(), matching(X))
+    assert torch.equal(log_sinkhorn(X).exp().round(), matching(X))
+
+
+def test_scores_that_overflow_are_refused() -> None:
+    with pytest.raises(ValueError, match="logits must be finite"):
+        sinkhorn(torch.tensor([[1e300, 0.0], [0.0, 1.0]]), 1e-5)

@@ -17,7 +17,12 @@ from torch.distributions import biject_to, transform_to
 from torch.distributions.transforms import ComposeTransform
 from torch.func import jacrev, vmap
 
-from pyro_permutations.constraints import contrasts, doubly_stochastic
+from pyro_permutations.constraints import (
+    contrasts,
+    doubly_stochastic,
+    straight_through,
+)
+from pyro_permutations.matching import matching
 from pyro_permutations.matching_graph import matching_graph
 from pyro_permutations.sinkhorn import log_sinkhorn
 from pyro_permutations.transforms import (
@@ -239,7 +244,25 @@ def test_different_numbers_of_free_cells_share_no_vector() -> None:
             biject_to(constraint)
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, "cold", None])
+def test_birkhoff_refuses_a_bad_temperature(bad) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        BirkhoffTransform(bad)
+
+
+def test_birkhoff_shows_its_temperature() -> None:
+    assert "0.25" in repr(BirkhoffTransform(0.25))
+
+
 # Sinkhorn transform
+
+
+@pytest.mark.parametrize("mask", [None, masks()["a cycle"]])
+def test_sinkhorn_inverse_of_hard_values_does_not_warn(mask: Tensor | None) -> None:
+    """Pyro's initialisation asks for it and throws it away."""
+    P = matching(torch.randn(2, 4, 4), mask=mask)
+    transform = SinkhornTransform(mask)
+    assert (transform(transform.inv(P)) - P).abs().max() < CELLS
 
 
 def test_sinkhorn_transform_is_over_complete() -> None:
@@ -277,6 +300,10 @@ TRANSFORMS = {
     "sinkhorn": (lambda: SinkhornTransform(), lambda: torch.randn(2, 4, 4)),
     "sinkhorn, mask": (
         lambda: SinkhornTransform(masks()["a cycle"]),
+        lambda: torch.randn(2, 4, 4),
+    ),
+    "straight-through, mask": (
+        lambda: transform_to(straight_through(masks()["a cycle"])),
         lambda: torch.randn(2, 4, 4),
     ),
     "biject_to": (
@@ -350,6 +377,8 @@ def test_registered_transforms() -> None:
     assert isinstance(transform_to(doubly_stochastic), SinkhornTransform)
     assert isinstance(biject_to(contrasts()), ContrastsTransform)
     assert isinstance(transform_to(contrasts()), ContrastsTransform)
+    with pytest.raises(NotImplementedError, match=r"guide.*TransformReparam"):
+        biject_to(straight_through)
     mask = masks()["two cells missing"]
     for constraint in (doubly_stochastic(mask), contrasts(mask)):
         for registry in (biject_to, transform_to):
@@ -357,6 +386,27 @@ def test_registered_transforms() -> None:
             assert transform.codomain == constraint
             x = torch.randn(transform.inverse_shape(torch.Size((4, 4))))
             assert constraint.check(transform(x))
+
+
+@pytest.mark.parametrize("mask", [None, masks()["two cells missing"]])
+def test_straight_through_values_are_hard_with_the_relaxed_gradient(mask) -> None:
+    transform = transform_to(
+        straight_through if mask is None else straight_through(mask)
+    )
+    X = torch.randn(3, 4, 4, requires_grad=True)
+    P = transform(X)
+    assert torch.equal(P, matching(X, mask=mask))
+    weight = torch.randn(4, 4)
+    relaxed = SinkhornTransform(mask)(X)
+    (expected,) = torch.autograd.grad((relaxed * weight).sum(), X)
+    (gradient,) = torch.autograd.grad((P * weight).sum(), X)
+    assert (gradient - expected).abs().max() < CELLS
+    # A start at hard values is not stuck there: its relaxation is well inside.
+    start = transform.inv(P.detach()).requires_grad_()
+    again = transform(start)
+    assert torch.equal(again, P)
+    (gradient,) = torch.autograd.grad((again * weight).sum(), start)
+    assert gradient.abs().amax((1, 2)).min() > 0.01
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])

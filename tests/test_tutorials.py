@@ -22,10 +22,10 @@ def worm(output: str) -> None:
         (row,) = re.findall(rf"^{title}.* (\S+)$", output, flags=re.MULTILINE)
         return float(row)
 
-    # Seeds 0, 1, 2 give .85 to .90, where a random assignment gives .53. The standard
-    # error of a fraction of 120 names is .03, so chance would have to be off by six.
+    # Seeds 0, 1, 2 give .87 to .93, where a random assignment gives .53. The standard
+    # error of a fraction of 120 names is below .05: chance would be off by four of it.
     assert 0.45 < unknown("random feasible assignment") < 0.61
-    assert unknown("noise-free") > 0.73
+    assert unknown("noise-free") > 0.7
 
 
 CHECKS = {"worm.py": worm}

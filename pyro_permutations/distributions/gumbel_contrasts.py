@@ -13,7 +13,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions.constraints import dependent_property, independent, real
 
-from pyro_permutations.constraints import contrasts
+from pyro_permutations.constraints import contrasts, holds
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
 from pyro_permutations.shift_integral import log_shift_integral
 
@@ -45,8 +45,10 @@ class GumbelContrasts(TorchDistribution):
             a generator of their own.
 
     Raises:
+        TypeError: If logits are not a tensor.
         ValueError: If logits are not square, or are NaN or ``+inf``; if the mask has
-            another shape or type, or if it has no perfect matching.
+            another shape or type, or if it has no perfect matching; if
+            ``density_samples`` is not an integer of at least zero.
 
     Example:
         >>> d = GumbelContrasts(torch.zeros(3, 3))
@@ -74,6 +76,11 @@ class GumbelContrasts(TorchDistribution):
         event_shape = logits.shape[-2:]
         batch_shape = torch.broadcast_shapes(logits.shape[:-2], self.graph.batch_shape)
         self.logits = logits.expand(batch_shape + event_shape)
+        if not isinstance(density_samples, int) or density_samples < 0:
+            raise ValueError(
+                "density_samples must be an integer of at least zero, got "
+                f"{density_samples!r}. Pass 0 for the density without sampling."
+            )
         self.density_samples = density_samples
         # Checked above, in one pass, and for empty batches too.
         super().__init__(batch_shape, event_shape, validate_args=False)
@@ -150,6 +157,11 @@ def scores_on_graph(
     validate: bool,
 ) -> tuple[Tensor, MatchingGraph]:
     """Check logits, and move entries of -inf from them to the mask."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"logits must be a tensor, got {type(logits).__name__}: pass a tensor, "
+            "torch.as_tensor(logits)."
+        )
     if (
         logits.dim() < 2
         or logits.shape[-1] != logits.shape[-2]
@@ -177,13 +189,10 @@ def scores_on_graph(
             "certain, pass a mask that allows no other in its row and column."
         )
     forbidden = logits == -torch.inf
-    graph = matching_graph(graph.allowed & ~forbidden, shape, logits.device)
-    return torch.where(forbidden, 0, logits), graph
-
-
-def holds(condition: Tensor) -> bool:
-    """Whether a condition holds everywhere; True where no value may be looked at."""
     try:
-        return bool(condition.all())
-    except RuntimeError:  # under torch.func.vmap
-        return True
+        graph = matching_graph(graph.allowed & ~forbidden, shape, logits.device)
+    except ValueError as error:
+        raise ValueError(
+            f"logits are -inf for forbidden pairs, and this {error}"
+        ) from None
+    return torch.where(forbidden, 0, logits), graph

@@ -41,7 +41,8 @@ def noise_kl(
             the paper does not.
 
     Raises:
-        ValueError: If the masks differ: then the divergence is infinite or undefined.
+        ValueError: If the shapes do not broadcast, or if the masks differ: then the
+            divergence is infinite or undefined.
 
     References:
         Mena, Belanger, Linderman and Snoek, "Learning latent permutations with
@@ -55,6 +56,16 @@ def noise_kl(
         >>> noise_kl(q, p, up_to_shifts=False)
         tensor(3.4060)
     """
+    try:
+        torch.broadcast_shapes(q.batch_shape, p.batch_shape)
+        compatible = q.event_shape == p.event_shape
+    except RuntimeError:
+        compatible = False
+    if not compatible:
+        raise ValueError(
+            "q and p must have matrices of one size and batch shapes that broadcast, "
+            f"got q of shape {tuple(q.shape())} and p of shape {tuple(p.shape())}."
+        )
     if (q.graph.support != p.graph.support).any():
         raise ValueError(
             "q and p must have the same mask: where q allows a pair that p forbids the "

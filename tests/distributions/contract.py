@@ -209,6 +209,25 @@ class DistributionContract:
             with pytest.raises(ValueError, match="logits"):
                 self.make(logits=torch.zeros(shape))
 
+    def test_logits_that_are_no_tensor_are_named(self) -> None:
+        logits = self.params((), torch.float64)["logits"]
+        for bad in (logits.tolist(), logits.numpy()):
+            with pytest.raises(TypeError, match=r"logits.*pass a tensor"):
+                self.make(logits=bad)
+
+    @pytest.mark.parametrize("bad", [-1, 2.5, "many", None])
+    def test_bad_density_samples_are_named(self, bad) -> None:
+        with pytest.raises(ValueError, match="density_samples"):
+            self.make(density_samples=bad)
+
+    def test_infeasible_logits_are_named(self) -> None:
+        """The pairs were forbidden by the logits: no mask was passed."""
+        logits = self.params((), torch.float64)["logits"].clone()
+        logits[:2] = -torch.inf
+        logits[:2, 1] = 0.0
+        with pytest.raises(ValueError, match=r"logits are -inf.*mask.*rows.*0, 1"):
+            self.make(logits=logits)
+
     def test_bad_masks_are_named(self) -> None:
         n = self.n
         with pytest.raises(ValueError, match="mask"):

@@ -59,6 +59,21 @@ class Relaxed(DistributionContract):
             with pytest.raises(ValueError, match="temperature"):
                 self.make((2,), temperature=value)
 
+    @pytest.mark.parametrize("bad", ["cold", None, 1j])
+    def test_temperature_of_a_wrong_type_is_named(self, bad) -> None:
+        with pytest.raises(ValueError, match="temperature"):
+            self.make(temperature=bad)
+
+    def test_unknown_moments_say_what_to_do(self) -> None:
+        d = self.make()
+        with pytest.raises(NotImplementedError, match=r"mean.*rsample"):
+            _ = d.mean
+        for name in ("variance", "stddev"):
+            with pytest.raises(NotImplementedError, match=r"variance.*rsample"):
+                getattr(d, name)
+        with pytest.raises(NotImplementedError, match=r"log_prob.*noise_kl"):
+            d.entropy()
+
     def test_temperature_of_a_wrong_shape_is_named(self) -> None:
         with pytest.raises(ValueError, match="temperature"):
             self.make((2,), temperature=torch.ones(5))
@@ -807,6 +822,14 @@ def test_noise_bound_is_a_bound() -> None:
         bound = noise_kl(q, p)
         assert bound.shape == (2,)
         assert (bound > kl.mean(0) - SIGMAS * error).all()
+
+
+def test_noise_bound_names_shapes_that_differ() -> None:
+    q = GumbelSinkhorn(torch.zeros(2, 3, 3), 1.0)
+    for shape in [(4, 4), (5, 3, 3)]:
+        p = GumbelSinkhorn(torch.zeros(shape), 1.0)
+        with pytest.raises(ValueError, match=r"\(2, 3, 3\).*" + str(shape)[1:-1]):
+            noise_kl(q, p)
 
 
 def test_noise_bound_is_differentiable() -> None:
