@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
+from pyro_permutations.matching import matching
 from pyro_permutations.matching_graph import matching_graph
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
 from pyro_permutations.spanning_trees import log_spanning_trees
