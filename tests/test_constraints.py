@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_permutations project.
 # SPDX-License-Identifier: Apache-2.0
-"""What the three sets accept and reject, batch-wise, with and without a mask."""
+"""What the sets accept and reject, batch-wise, with and without a mask."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pyro_permutations.constraints import (
 from pyro_permutations.matching_graph import matching_graph
 from pyro_permutations.sinkhorn import sinkhorn
 
-ALL = [doubly_stochastic, straight_through, contrasts(), permutation_matrix]
+ALL = [doubly_stochastic, contrasts(), permutation_matrix, straight_through]
 
 
 def mask() -> Tensor:
@@ -35,7 +35,7 @@ def mask() -> Tensor:
     return cells
 
 
-# All three
+# All of them
 
 
 @pytest.mark.parametrize("constraint", ALL)
