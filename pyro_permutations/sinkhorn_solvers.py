@@ -20,12 +20,15 @@ __all__ = ["Solution", "solve"]
 # Newton stops when its next step would move no log potential by more than this; it has
 # converged quadratically by then, so that what is left is about the square.
 _LAST_STEP = 3e-6
-# At a stage on the way it is enough that the next one starts within reach.
-_STAGE_STEP = 1.0
+# At a stage on the way it is enough that the next one starts within reach. Not one: far
+# from balance, where flows differ by a gap, a step is 1 - exp(-gap) whatever the gap.
+_STAGE_STEP = 0.5
 # How exact a step is: two digits will do far from the end, not after a step of 1e-2.
 _ROUGH = 1e-2
 _EXACT = 1e-10
 _NEAR = 1e-2
+# And how far rounding of the flows themselves may move it.
+_ROUNDED = 3e-7
 # No log potential moves by more in one step, relative to the others.
 _LONGEST_STEP = 4.0
 _MOST_STEPS = 200
@@ -39,7 +42,7 @@ class Solution(NamedTuple):
     """A scaled matrix and how it was reached."""
 
     log_p: Tensor  # (b, n, m)
-    residual: float
+    residual: float  # largest error of a sum; where steps ran out, of a log potential
     iterations: int
 
 
@@ -72,7 +75,7 @@ def solve(
     while True:
         last = scale == 1
         target = torch.where(last, min(_LAST_STEP, tol**0.5 / 10), _STAGE_STEP)
-        log_p, steps = _newton(log_p, log_rows, columns, root, target, best)
+        log_p, steps, left = _newton(log_p, log_rows, columns, root, target, best)
         iterations += steps
         if bool(last.all()):
             break
@@ -83,8 +86,9 @@ def solve(
         ahead = _extrapolate(log_p, previous, scale, previous_scale, larger)
         previous, previous_scale = log_p, scale
         log_p, scale = _normalise_rows(ahead, log_rows), larger
-    residual = (log_p.exp().sum(-2) - columns).abs().amax() if log_p.numel() else None
-    return Solution(log_p, 0.0 if residual is None else residual.item(), iterations)
+    error = (log_p.exp().sum(-2) - columns).abs()
+    residual = float(error.amax()) if error.numel() else 0.0
+    return Solution(log_p, max(residual, left), iterations)
 
 
 def _extrapolate(
@@ -130,11 +134,14 @@ def _newton(
     root: Tensor,
     target: Tensor,
     best: _BestMatching | None,
-) -> tuple[Tensor, int]:
-    """Newton steps until the last one was below the target, element by element."""
+) -> tuple[Tensor, int, float]:
+    """Newton steps until the last one was below the target, element by element.
+
+    Returns log P, the number of steps and, where they ran out, the length of the last.
+    """
     active = torch.arange(len(log_p), device=log_p.device)
     tolerance = torch.full_like(target, _ROUGH)
-    steps = 0
+    steps, left = 0, 0.0
     while len(active) and steps < _MOST_STEPS:
         everyone = len(active) == len(log_p)
         part = log_p if everyone else log_p[active]
@@ -158,7 +165,8 @@ def _newton(
         going = ~(short & exact)
         active, tolerance = active[going], tolerance[going]
         steps += 1
-    return log_p, steps
+        left = float(size[going].amax()) if len(active) else 0.0
+    return log_p, steps, left
 
 
 def _balancing_step(
@@ -184,8 +192,11 @@ def _balancing_step(
         order = matching.argsort(-1)
     # Undecided but nowhere weak: one less the column sum is as good.
     source = _imbalance(p, order)
-    b = torch.where((decided | ask)[:, None], source.sum(-1), 1 - p.sum(-2))
+    flows = (decided | ask)[:, None]
+    b = torch.where(flows, source.sum(-1), 1 - p.sum(-2))
+    summed = torch.where(flows, source.abs().sum(-1), 1 + p.sum(-2))
     factor, scale, accurate = network.cholesky(tolerance)
+    accurate &= _resolves(network, factor, scale, summed, tolerance)
     h = network.potentials(factor, scale, b)[..., 0]
     move = h[:, None, :] - h.gather(-1, matching)[..., None]
     for index, part, extreme in network.apart(accurate):
@@ -200,6 +211,18 @@ def _balancing_step(
             better = differences.mT.gather(1, pi[..., None].expand_as(part.p))
         move = move.index_copy(0, index, better)
     return move
+
+
+def _resolves(
+    network: Network, factor: Tensor, scale: Tensor, summed: Tensor, tolerance: Tensor
+) -> Tensor:  # (b,)
+    """Whether a source stands out from the rounding of what was summed for it.
+
+    The inverse Laplacian has no negative entry, so that the potentials of the sizes
+    bound those of the errors.
+    """
+    noise = network.potentials(factor, scale, 1e-16 * summed).amax((-2, -1))
+    return noise < torch.where(tolerance == _EXACT, _ROUNDED, _ROUGH)
 
 
 def _extreme_step(network: Network, matching: Tensor) -> Tensor:
@@ -221,8 +244,10 @@ def _filling_step(network: Network, columns: Tensor, tolerance: Tensor) -> Tenso
     """The Newton step to any column sums, relative to each row's largest entry."""
     largest = network.log_weights.argmax(-1)
     sums = (network.p.mT @ network.rows[..., None])[..., 0]
-    b = columns * (-network.log_scale).exp()[:, None] - sums
+    columns = columns * (-network.log_scale).exp()[:, None]
+    b = columns - sums
     factor, scale, accurate = network.cholesky(tolerance)
+    accurate &= _resolves(network, factor, scale, columns + sums, tolerance)
     h = network.potentials(factor, scale, b)[..., 0]
     move = h[:, None, :] - h.gather(-1, largest)[..., None]
     for index, part, _ in network.apart(accurate):

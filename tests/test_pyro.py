@@ -61,6 +61,12 @@ from pyro_permutations.warnings import LostLogWarning
 
 SAME = 1e-6  # one seed, one loss: relative, over two orders of the same sums
 SIGMAS = 4.5  # standard errors that a random test allows
+# The same for an error from twice ten draws: a t variable of 18 degrees of freedom is
+# further out as rarely (7e-6) as a normal one is beyond SIGMAS.
+SIGMAS_OF_TEN = 6.3
+SAMPLED = 0.044  # standard error of an evidence from 1500 weights; .02 is usual
+MISSED = 0.7  # nats that one guide of two items leaves after 80 steps; .54 was measured
+FITTED = 1.0  # the same, where the loss is a mean of 150 draws with error .1
 
 NOTHING_TO_ENUMERATE = pytest.mark.filterwarnings("ignore:.*enumerat:UserWarning")
 TRACING = pytest.mark.filterwarnings(
@@ -198,17 +204,16 @@ def test_vectorized_particles_estimate_the_same_loss() -> None:
             num_particles=20, vectorize_particles=vectorized, max_plate_nesting=0
         )
         draws = torch.tensor(
-            [elbo.loss(problem.model, problem.guide) for _ in range(5)]
+            [elbo.loss(problem.model, problem.guide) for _ in range(10)]
         )
         losses[vectorized] = draws
     a, b = losses[False], losses[True]
-    error = (a.var() / 5 + b.var() / 5).sqrt()
-    # Five draws say little about their own spread: twice the usual allowance.
-    assert (a.mean() - b.mean()).abs() < 2 * SIGMAS * error
+    error = (a.var() / 10 + b.var() / 10).sqrt()
+    assert (a.mean() - b.mean()).abs() < SIGMAS_OF_TEN * error
 
 
 def test_elbo_stays_below_the_evidence() -> None:
-    """Two items, the evidence by a sum over a grid of P11."""
+    """Two items: evidence and what the guide misses by sums over a grid of P11."""
     X, tau = torch.tensor([[0.4, 0.0], [0.0, 0.0]]), 0.5
     y, x, noise = torch.tensor([0.9, 0.2]), torch.tensor([1.0, 0.0]), 0.3
 
@@ -230,11 +235,25 @@ def test_elbo_stays_below_the_evidence() -> None:
     svi = SVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO())
     for _ in range(80):
         svi.step()
+    # The loss exceeds -evidence by the divergence of the guide from the posterior.
+    fitted = GumbelSinkhorn(pyro.param("logits").detach(), tau, validate_args=False)
+    log_q = fitted.log_prob(P)
+    mass = (log_q + volume).exp() * (z[1] - z[0])
+    gap = float((mass * (log_q - log_joint)).sum()) + evidence
+    assert abs(mass.sum() - 1) < SAME
+    assert 0 < gap < MISSED
     losses = torch.tensor([svi.evaluate_loss() for _ in range(150)])
-    assert losses.mean() > -evidence - SIGMAS * losses.std() / 150**0.5
-    assert losses.mean() < -evidence + 1.0
-    importance = Importance(model, guide, num_samples=300).run()
-    assert abs(importance.get_log_normalizer() - evidence) < 0.2
+    error = losses.std() / 150**0.5
+    assert losses.mean() > -evidence - SIGMAS * error
+    assert abs(losses.mean() - (gap - evidence)) < SIGMAS * error
+    assert losses.mean() < -evidence + FITTED
+    importance = Importance(model, guide, num_samples=1500).run()
+    log_weights = torch.stack(list(importance.log_weights))
+    weights = (log_weights - log_weights.max()).exp()
+    error = weights.std() / weights.mean() / 1500**0.5
+    assert error < SAMPLED
+    found = importance.get_log_normalizer()
+    assert abs(found - evidence) < SIGMAS * error
 
 
 def test_objectives_that_need_no_density() -> None:

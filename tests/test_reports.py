@@ -75,8 +75,16 @@ def test_options_change_something() -> None:
     assert not torch.equal(plain.log_prob(P), GumbelSinkhorn(X, 0.6).log_prob(P))
     mask = ~torch.eye(5, dtype=torch.bool)
     assert not GumbelSinkhorn(X, 0.5, mask=mask).sample().diagonal().any()
+    assert plain.sample().diagonal().all()
+    # The fixture turns validation on, so that True alone would say nothing.
+    bad = X * torch.nan
     with pytest.raises(ValueError, match="logits"):
-        GumbelSinkhorn(X * torch.nan, 0.5, validate_args=True)
+        GumbelSinkhorn(bad, 0.5)
+    GumbelSinkhorn(bad, 0.5, validate_args=False)
+    with pyro.validation_enabled(False):
+        GumbelSinkhorn(bad, 0.5)
+        with pytest.raises(ValueError, match="logits"):
+            GumbelSinkhorn(bad, 0.5, validate_args=True)
 
 
 def test_documented_defaults_are_the_defaults() -> None:
@@ -85,10 +93,12 @@ def test_documented_defaults_are_the_defaults() -> None:
         defaults = inspect.signature(function).parameters
         assert defaults["temperature"].default == 1.0
         assert defaults["tol"].default is None
-        documented = re.findall(r"1e-6", inspect.getdoc(function) or "")
-        if documented:
-            P = sinkhorn(torch.randn(20, 20), 0.1)
-            assert (P.sum(-1) - 1).abs().max() <= 1e-6
+    # The second takes its arguments from the first, and says so.
+    assert re.search(r"tol:[^:]*\b1e-6 by default", inspect.getdoc(log_sinkhorn) or "")
+    assert "`log_sinkhorn`, whose arguments it has" in (inspect.getdoc(sinkhorn) or "")
+    P = sinkhorn(torch.randn(20, 20), 0.1)
+    for dim in (-1, -2):
+        assert (P.sum(dim) - 1).abs().max() <= 1e-6
     for name in ("GumbelSinkhorn", "GumbelContrasts"):
         parameters = inspect.signature(getattr(ours, name)).parameters
         assert parameters["density_samples"].default == 0

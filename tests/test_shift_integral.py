@@ -25,8 +25,13 @@ CLOSED = 1e-12  # the closed form: rounding
 QUADRATURE = 1e-3  # promised; 1e-5 is usual
 SERIES = 0.01  # promised of the series and of the default sampling
 SAMPLED = 0.02  # promised of a flat prior under mild guides, with 4096 samples
-STATED = 0.003  # standard error that a reference at own draws may have
+STATED = 0.003  # standard error that a reference may have
 ERRORS = 4  # standard errors of a reference that count as chance
+# Far from own draws the error estimate says what is known. It may ask for this much
+# without samples and with 4096 of them, for a guide whose scores have this scale.
+UNSURE = {(0, 5.0): 2.0, (0, 10.0): 10.0, (4096, 5.0): 0.04, (4096, 10.0): 0.06}
+# However unsure a value is, it is not further off than this, in nats.
+WORST = {5.0: 0.2, 10.0: 2.0}
 SAME = 1e-9  # two routes to one number: rounding of sums of some hundred terms
 
 
@@ -70,7 +75,7 @@ def draws(n: int, count: int, scale: float = 0.0, seed: int = 0) -> Tensor:
 
 
 def gibbs_reference(
-    M: np.ndarray, mask: np.ndarray, samples: int = 60_000
+    M: np.ndarray, mask: np.ndarray, samples: int = 200_000
 ) -> tuple[float, float]:
     """Importance sampling with the moments that Gibbs sampling finds; standard error.
 
@@ -122,6 +127,7 @@ def assert_close_to_gibbs(
     tolerances = torch.as_tensor(tolerance).expand(len(M))
     for k in range(len(M)):
         expected, error = gibbs_reference(M[k].numpy(), mask.numpy())
+        assert error < STATED
         assert abs(float(value[k]) - expected) < float(tolerances[k]) + ERRORS * error
 
 
@@ -163,7 +169,7 @@ def test_own_draws(n: int, count: int) -> None:
     for k in range(count):
         expected, chance = oracles.shift_integral(M[k], samples=25_000)
         assert chance < STATED
-        assert abs(float(value[k]) - expected) < SERIES + ERRORS * chance
+        assert abs(float(value[k]) - expected) < SERIES
     assert error.max() < SERIES
 
 
@@ -203,8 +209,8 @@ def test_own_draws_under_masks(mask: Tensor) -> None:
                 assert chance < STATED
                 expected += log
                 variance += chance**2
-        slack = SERIES + ERRORS * math.sqrt(variance)
-        assert abs(float(value[k]) - expected) < slack
+        assert math.sqrt(variance) < STATED
+        assert abs(float(value[k]) - expected) < SERIES
 
 
 def test_sparse_component_of_many_rows() -> None:
@@ -213,8 +219,9 @@ def test_sparse_component_of_many_rows() -> None:
     mask = sparse(40, 300) | cycle(40, 4)
     M = draws(40, 1)
     value, error = log_shift_integral(M, graph_of(mask))
-    expected, chance = gibbs_reference(M[0].numpy(), mask.numpy())
-    assert abs(float(value) - expected) < SERIES + ERRORS * chance
+    expected, chance = gibbs_reference(M[0].numpy(), mask.numpy(), samples=300_000)
+    assert chance < STATED
+    assert abs(float(value) - expected) < SERIES
     assert error.max() < 0.1
 
 
@@ -253,7 +260,8 @@ def test_flat_prior_with_samples(n: int, count: int, scale: float) -> None:
 def test_error_estimate_covers(n: int, count: int, scale: float, samples: int) -> None:
     M = draws(n, count, scale, seed=1)
     value, error = log_shift_integral(M, graph_of(full(n)), samples=samples)
-    assert_close_to_gibbs(M, full(n), value, error)
+    assert error.max() < UNSURE[samples, scale]
+    assert_close_to_gibbs(M, full(n), value, error.clamp(max=WORST[scale]))
     assert not error.requires_grad
 
 

@@ -133,8 +133,9 @@ def test_convergence_warning_is_one_and_carries_the_numbers() -> None:
     assert 0 < warning.residual <= SUMS
     assert warning.iterations >= 1
     text = str(warning)
-    assert "temperature" in text or "tol" in text
-    assert f"{warning.residual:.0e}"[:1] in text
+    assert f"after {warning.iterations} steps" in text
+    assert f"off by {warning.residual:.3g} (tolerance 1e-18)" in text
+    assert "Raise the temperature, or pass a larger tol;" in text
 
 
 def test_no_warning_when_all_is_well() -> None:
