@@ -49,11 +49,13 @@ def scale_kernel(
     shrink = 0.25 if scores.shape[-1] <= _SMALL else 0.5
     potential = torch.zeros_like(columns)
     before, t_before = potential, t
-    steps = 0
+    steps, direct = 0, scores.shape[-1] <= _SMALL
     while True:
         kernel = _kernel(base, potential, t, forbidden)
         target = torch.where(t == 1, tol, _STAGE_TOLERANCE)
-        v, u, error, taken = _newton(kernel, rows, columns, target, steps == 0)
+        v, u, error, taken, direct = _newton(
+            kernel, rows, columns, target, steps == 0, direct
+        )
         steps += taken
         now = potential + t * v.log()
         done = bool((error <= target).all()) or steps >= _MOST_STEPS
@@ -112,7 +114,9 @@ def solve_marginals(
         y = _factorized(p, one_n, one_m, r, rest)
     else:
         stop = 1e-8 * rest.abs().amax(-1, keepdim=True)
-        y = _conjugate_gradients(p, one_n, one_m, c, r, rest, stop)
+        y, slow = _conjugate_gradients(p, one_n, one_m, c, r, rest, stop)
+        if slow:
+            y = _factorized(p, one_n, one_m, r, rest)
     return (a - _times(y, p.mT)) / r, y
 
 
@@ -128,9 +132,14 @@ def _kernel(
 
 
 def _newton(
-    kernel: Tensor, rows: Tensor, columns: Tensor, target: Tensor, mild: bool
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Log of v, u and the largest error, by Newton steps that each end in a sweep."""
+    kernel: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    target: Tensor,
+    mild: bool,
+    direct: bool,
+) -> tuple[Tensor, Tensor, Tensor, int, bool]:
+    """v, u, the errors, the number of steps, and whether to factorize from now on."""
     v = torch.ones_like(columns)
     u, sums = _sweep(kernel, v, rows)
     # Sweeps converge linearly; while they cut the error they are cheaper.
@@ -151,7 +160,13 @@ def _newton(
             error = smaller
         else:
             lacking = columns - sums
-            move = _direction(kernel, u, v, sums, rows, lacking, target)
+            if not direct:
+                stop = _close_enough(lacking, target)
+                move, direct = _conjugate_gradients(
+                    kernel, u, v, sums, rows, lacking, stop
+                )
+            if direct:
+                move = _factorized(kernel, u, v, rows, lacking)
             length = float(move.abs().amax())
             if length > 1.5:
                 v, sums = _line_search(kernel, v, rows, columns, lacking, move)
@@ -162,7 +177,7 @@ def _newton(
             u, sums = _sweep(kernel, v, rows)
             error = _error(sums, columns)
         steps += 1
-    return v, u, error, steps
+    return v, u, error, steps, direct
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
@@ -204,29 +219,20 @@ def _line_search(
     return ahead, sums
 
 
-def _direction(
-    kernel: Tensor,
-    u: Tensor,
-    v: Tensor,
-    sums: Tensor,
-    rows: Tensor,
-    lacking: Tensor,
-    target: Tensor,
-) -> Tensor:
-    """Solve (diag(sums) - P' diag(1 / r) P) d = lacking for P = diag(u) K diag(v)."""
-    size = kernel.shape[-1]
-    if size <= _SMALL:
-        return _factorized(kernel, u, v, rows, lacking)
+def _close_enough(lacking: Tensor, target: Tensor) -> Tensor:  # (b, 1, 1)
+    """How exact a direction need be: the more, the nearer to the end."""
     error = lacking.abs().amax(-1, keepdim=True)
     loose = (0.3 * error.sqrt()).clamp(1e-3, 0.3) * error
-    stop = torch.maximum(loose, 0.3 * target)
-    return _conjugate_gradients(kernel, u, v, sums, rows, lacking, stop)
+    return torch.maximum(loose, 0.3 * target)
 
 
 def _factorized(
     kernel: Tensor, u: Tensor, v: Tensor, rows: Tensor, b: Tensor
 ) -> Tensor:
-    """By Cholesky, the diagonal a sum of what is off it, with a ridge of 1e-14."""
+    """Solve (diag(sums) - P' diag(1 / r) P) d = b for P = diag(u) K diag(v).
+
+    By Cholesky, the diagonal a sum of what is off it, with a ridge of 1e-14.
+    """
     p = kernel * (u * rows.rsqrt()).mT * v
     laplacian = torch.bmm(p.mT, p).neg_()
     diagonal = laplacian.diagonal(dim1=-2, dim2=-1)
@@ -249,8 +255,8 @@ def _conjugate_gradients(
     rows: Tensor,
     b: Tensor,
     stop: Tensor,
-) -> Tensor:
-    """By conjugate gradients through the kernel, or by Cholesky where they are slow.
+) -> tuple[Tensor, bool]:
+    """The same by conjugate gradients through the kernel; and whether they were slow.
 
     A factorization costs as much as about n / 4 products.
     """
@@ -262,7 +268,7 @@ def _conjugate_gradients(
     largest = r.abs().amax(-1, keepdim=True)
     for _ in range(max(32, kernel.shape[-1] // 4)):
         if bool((largest <= stop).all()):
-            return x
+            return x, False
         ap = sums * p - v * _times(w * _times(v * p, kernel.mT), kernel)
         step = rz / (p * ap).sum(-1, keepdim=True).clamp_min(1e-300)
         step = torch.where(largest > stop, step, 0.0)
@@ -272,5 +278,4 @@ def _conjugate_gradients(
         rz, last = (r * z).sum(-1, keepdim=True), rz
         p = z + rz / last.clamp_min(1e-300) * p
         largest = r.abs().amax(-1, keepdim=True)
-    slow = ~(largest <= stop)
-    return torch.where(slow, _factorized(kernel, u, v, rows, b), x)
+    return x, True

@@ -35,7 +35,7 @@ _MOST_STEPS = 200
 # Up to this many times the first inverse temperature little is decided, and products
 # with a vector do better than factorizations.
 _WARM = 4.0
-_WARM_TOLERANCE = 1e-3
+_WARM_TOLERANCE = 5e-2
 
 
 class Solution(NamedTuple):

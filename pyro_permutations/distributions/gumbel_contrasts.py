@@ -107,13 +107,16 @@ class GumbelContrasts(TorchDistribution):
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw with a gradient to the logits, shape ``(*sample, *batch, n, n)``."""
-        logits = self.logits.expand(self._extended_shape(torch.Size(sample_shape)))
+        scores = self._noisy_scores(torch.Size(sample_shape))
+        return self.graph.contrasts(scores).to(self.logits.dtype)
+
+    def _noisy_scores(self, sample_shape: torch.Size) -> Tensor:
+        logits = self.logits.expand(self._extended_shape(sample_shape))
         # Half precision has too few numbers for noise, and rare draws are exactly zero.
         wide = torch.promote_types(logits.dtype, torch.float32)
         kind = torch.finfo(wide)
         noise = torch.empty_like(logits, dtype=wide).exponential_()
-        gumbel = -noise.clamp(kind.tiny, kind.max).log()
-        return self.graph.contrasts(logits + gumbel).to(logits.dtype)
+        return logits - noise.clamp(kind.tiny, kind.max).log()
 
     def log_prob(
         self,

@@ -191,6 +191,16 @@ class GumbelSinkhorn(TransformedDistribution):
         super().expand(batch_shape, _instance=new)
         return new
 
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw with a gradient to the logits, shape ``(*sample, *batch, n, n)``."""
+        # The noisy scores have the same image as their contrasts, and lie nearer to it:
+        # taking shifts out along the paths of a sparse mask lets them pile up.
+        noisy = self.base_dist._noisy_scores(torch.Size(sample_shape))
+        value: Tensor = noisy.to(self.logits.dtype)
+        for transform in self.transforms:
+            value = transform(value)
+        return value
+
     def log_prob(
         self,
         value: Tensor,  # (*sample, *batch, n, n)
