@@ -60,8 +60,7 @@ def log_shift_integral(
     independent standard exponentials. A flat prior at a draw of a guide with logits of
     variance 25 is another matter: there the series is off by .07 at n = 5 and by .01
     at n = 20 in the mean, by nats at sharper ones. The estimate of the error says so
-    (at 3 and 4 rows it missed about one in a hundred, by .003 at most), and
-    ``samples`` buys a better value.
+    (``benchmarks/density.py`` counts how often), and ``samples`` buys a better value.
 
     Args:
         scores: M in float64, ``(*lead, n, n)``; entries outside the support of the

@@ -88,7 +88,8 @@ def solve(
         log_p, scale = _normalise_rows(ahead, log_rows), larger
     error = (log_p.exp().sum(-2) - columns).abs()
     residual = float(error.amax()) if error.numel() else 0.0
-    return Solution(log_p, max(residual, left), iterations)
+    # For other sums than one there are no flows to balance, only sums to get right.
+    return Solution(log_p, max(residual, left if square else 0.0), iterations)
 
 
 def _extrapolate(
@@ -247,7 +248,6 @@ def _filling_step(network: Network, columns: Tensor, tolerance: Tensor) -> Tenso
     columns = columns * (-network.log_scale).exp()[:, None]
     b = columns - sums
     factor, scale, accurate = network.cholesky(tolerance)
-    accurate &= _resolves(network, factor, scale, columns + sums, tolerance)
     h = network.potentials(factor, scale, b)[..., 0]
     move = h[:, None, :] - h.gather(-1, largest)[..., None]
     for index, part, _ in network.apart(accurate):
