@@ -160,10 +160,10 @@ def _newton(
         rounding = 1e-15 * part.masked_fill(part == -torch.inf, 0.0).abs().amax(
             (-2, -1)
         )
-        short = size < target[active] + rounding
+        short = size < target[active]
         exact = (tolerance == _EXACT) | (target[active] == _STAGE_STEP)
         tolerance = torch.where(size < _NEAR, _EXACT, tolerance)
-        going = ~(short & exact)
+        going = ~(short & exact) & (size > rounding)
         active, tolerance = active[going], tolerance[going]
         steps += 1
         left = float(size[going].amax()) if len(active) else 0.0
