@@ -6,22 +6,17 @@ from __future__ import annotations
 
 __all__ = ["log_shift_integral"]
 
-import math
-from functools import lru_cache
-from typing import NamedTuple
-
-import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.matching_graph import MatchingGraph
+from pyro_permutations.matching_parts import flattened, parts, take
 from pyro_permutations.shift_integral_cubature import cubature
 from pyro_permutations.shift_integral_series import laplace_series
 from pyro_permutations.sinkhorn import log_sinkhorn
 
-# The series needs rows and columns of at least this many cells; where some have fewer,
-# components of at most so many rows are sampled. In more dimensions points are too few.
-_THIN = 4
+# Where the series fails, in thin components, those of at most so many rows are sampled.
+# In more dimensions points are too few.
 _MOST_ROWS = 32
 
 
@@ -89,57 +84,16 @@ def log_shift_integral(
     if graph.is_full and n > 1:
         log_q = _scaled(scores, graph) if n > 2 else scores
         return _component(scores, log_q, graph, False, samples)
-    outer = len(lead) - len(graph.batch_shape)
-    graph = graph.expand(lead[outer:])
-    parts = _parts(graph, str(graph.device))
-    log_q = scores
-    if any(part.columns.shape[-1] > 2 for part in parts):
-        log_q = _scaled(scores, graph)
-    # One dimension that the graph does not know, one that it does.
-    flat = (math.prod(lead[:outer]), math.prod(lead[outer:]))
-    scores, log_q = (x.reshape(*flat, n, n) for x in (scores, log_q))
+    flat, graph = flattened(lead, graph)
+    scores = scores.reshape(*flat, n, n)
     value = scores[..., 0, 0] * 0  # what decided cells give: nothing, nor a gradient
     error = torch.zeros_like(value).detach()
-    for part in parts:
-        i, j = part.rows[:, :, None], part.columns[:, None, :]
-        at = (slice(None), part.element[:, None, None], i, j)
-        v, e = _component(scores[at], log_q[at], part.graph, part.thin, samples)
+    for part, inside in zip(parts(graph), take(scores, graph), strict=True):
+        log_q = _scaled(inside, part.graph) if part.rows.shape[-1] > 2 else inside
+        v, e = _component(inside, log_q, part.graph, part.thin, samples)
         value = value.index_add(1, part.element, v)
         error = error.index_add(1, part.element, e)
     return value.reshape(lead), error.reshape(lead)
-
-
-class _Part(NamedTuple):
-    """Components of one size and one kind, s rows and s columns each."""
-
-    element: Tensor  # (C,) long, flat index into the graph's batch
-    rows: Tensor  # (C, s) long
-    columns: Tensor  # (C, s) long
-    graph: MatchingGraph  # batch (C,), each of one component
-    thin: bool
-
-
-@lru_cache(maxsize=64)
-def _parts(graph: MatchingGraph, device: str) -> list[_Part]:
-    """The components of a graph, apart by size and by whether they are thin."""
-    parts = []
-    for group in graph.components():
-        # Under torch.func transforms tensors have no storage, but arrays can be made.
-        arrays = [np.array(x.tolist()) for x in group]
-        mask = arrays[-1]
-        size = mask.shape[-1]
-        fewest = np.minimum(mask.sum(-1).min(-1), mask.sum(-2).min(-1))
-        thin = (fewest < _THIN) & (size > 4)
-        for kind in np.unique(thin).tolist():
-            chosen = thin == kind
-            # The list outlives the mode in which it was first asked for.
-            with torch.inference_mode(False):
-                element, rows, columns, cells = (
-                    torch.from_numpy(x[chosen]).to(device) for x in arrays
-                )
-            inner = matching_graph(cells, (size, size))
-            parts.append(_Part(element, rows, columns, inner, kind))
-    return parts
 
 
 def _scaled(scores: Tensor, graph: MatchingGraph) -> Tensor:

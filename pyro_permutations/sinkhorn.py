@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_permutations.kernel_scaling import scale_kernel, solve_marginals
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.matching_parts import falls_apart, flattened, parts, put, take
 from pyro_permutations.sinkhorn_solvers import solve
 from pyro_permutations.spanning_trees import currents, to_front
 from pyro_permutations.warnings import ConvergenceWarning
@@ -71,9 +72,8 @@ def log_sinkhorn(
         tensor([[   0., -200.],
                 [-200.,    0.]])
     """
-    arguments = _checked(logits, temperature, mask, marginals, tol)
-    log_p = _LogSinkhorn.apply(*arguments)  # type: ignore[no-untyped-call]
-    return log_p.to(logits.dtype)  # type: ignore[no-any-return]
+    problem = _checked(logits, temperature, mask, marginals, tol)
+    return _by_component(_LogSinkhorn, *problem).to(logits.dtype)
 
 
 def sinkhorn(
@@ -103,9 +103,53 @@ def sinkhorn(
         tensor([[0.5000, 0.5000],
                 [0.5000, 0.5000]])
     """
-    arguments = _checked(logits, temperature, mask, marginals, tol)
-    p = _Sinkhorn.apply(*arguments)  # type: ignore[no-untyped-call]
-    return p.to(logits.dtype)  # type: ignore[no-any-return]
+    problem = _checked(logits, temperature, mask, marginals, tol)
+    return _by_component(_Sinkhorn, *problem).to(logits.dtype)
+
+
+def _by_component(
+    solver: type[_LogSinkhorn] | type[_Sinkhorn],
+    scores: Tensor,  # (*lead, n, n)
+    graph: MatchingGraph,
+    rows: Tensor,  # (*batch, n, 1)
+    columns: Tensor,  # (*batch, 1, n)
+    tol: float,
+) -> Tensor:  # (*lead, n, n)
+    """Solve the whole, or its components one by one where that is less work."""
+    if not falls_apart(graph):
+        return _solved(solver, scores, graph, rows, columns, tol)
+    lead, shape = scores.shape[:-2], scores.shape[-2:]
+    flat, graph = flattened(lead, graph)
+    # A decided pair has what its row has to have.
+    single = (graph.row_counts == 1)[..., None] & graph.support
+    none, alone = (-torch.inf, rows.log()) if solver is _LogSinkhorn else (0.0, rows)
+    result = torch.where(single, alone, none).expand(*lead, *shape)
+    result = result.reshape(*flat, *shape)
+    scores = scores.reshape(*flat, *shape)
+    rows = rows.expand(*lead, *rows.shape[-2:]).reshape(*flat, -1)
+    columns = columns.expand(*lead, *columns.shape[-2:]).reshape(*flat, -1)
+    pieces = []
+    for part, inside in zip(parts(graph), take(scores, graph), strict=True):
+        element = part.element[:, None]
+        r, c = rows[:, element, part.rows], columns[:, element, part.columns]
+        sums = r[..., :, None], c[..., None, :]
+        pieces.append(_solved(solver, inside, part.graph, *sums, tol))
+    result = put(result, pieces, graph)
+    return result.reshape(*lead, *shape)
+
+
+def _solved(
+    solver: type[_LogSinkhorn] | type[_Sinkhorn],
+    scores: Tensor,
+    graph: MatchingGraph,
+    rows: Tensor,
+    columns: Tensor,
+    tol: float,
+) -> Tensor:
+    support = None if graph.is_full else graph.support
+    root = graph.root[..., None, :]
+    result: Tensor = solver.apply(scores, support, root, rows, columns, tol)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _LogSinkhorn(torch.autograd.Function):
@@ -221,7 +265,7 @@ def _checked(
     mask: Tensor | MatchingGraph | None,
     marginals: tuple[Tensor, Tensor] | None,
     tol: float | None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, float]:
+) -> tuple[Tensor, MatchingGraph, Tensor, Tensor, float]:
     """Scores over the temperature in float64, and what else the solvers take."""
     if (
         not isinstance(logits, Tensor)
@@ -262,11 +306,10 @@ def _checked(
             _check_components(graph, rows, columns)
     rows, columns = rows[..., :, None], columns[..., None, :]
     scores = scores.expand(*lead, *shape)
-    support = None if graph.is_full else graph.support
     tol = _TOLERANCE if tol is None else tol
     if not tol > 0:
         raise ValueError(f"tol must be positive, but is {tol}.")
-    return scores, support, graph.root[..., None, :], rows, columns, tol
+    return scores, graph, rows, columns, tol
 
 
 def _common(batch: torch.Size, other: torch.Size, name: str) -> torch.Size:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.matching_parts import falls_apart, flattened, parts, take
 from pyro_permutations.resistor_network import Network
 
 __all__ = ["currents", "log_spanning_trees", "response", "to_front"]
@@ -49,6 +50,22 @@ def log_spanning_trees(
     log_weights = log_weights.double()
     if not graph.is_full:
         log_weights = torch.where(graph.support, log_weights, -torch.inf)
+    if not falls_apart(graph):
+        return _log_trees(log_weights, graph)
+    # A forest is a tree in each component; that of a decided pair is its one edge.
+    lead = torch.Size(torch.broadcast_shapes(log_weights.shape[:-2], graph.batch_shape))
+    flat, graph = flattened(lead, graph)
+    single = (graph.row_counts == 1)[..., None] & graph.support
+    total = torch.where(single, log_weights, 0.0).sum((-2, -1)).expand(lead)
+    total = total.reshape(flat)
+    log_weights = log_weights.expand(*lead, *shape).reshape(*flat, *shape)
+    pieces = take(log_weights, graph)
+    for part, inside in zip(parts(graph), pieces, strict=True):
+        total = total.index_add(1, part.element, _log_trees(inside, part.graph))
+    return total.reshape(lead)
+
+
+def _log_trees(log_weights: Tensor, graph: MatchingGraph) -> Tensor:
     root = graph.root[..., None, :]
     log_trees, _ = _SpanningTrees.apply(log_weights, root)  # type: ignore[no-untyped-call]
     return log_trees  # type: ignore[no-any-return]

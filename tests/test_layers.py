@@ -20,6 +20,7 @@ NO_INFERENCE = ("pyro.infer", "pyro.poutine", "pyro.optim", "pyro.contrib")
 LAYERS = [
     ("warnings", NUMERICS),
     ("matching_graph", NUMERICS),
+    ("matching_parts", NUMERICS),
     ("log_elimination", NUMERICS),
     ("resistor_network", NUMERICS),
     ("spanning_trees", NUMERICS),

@@ -1,0 +1,128 @@
+# Copyright Contributors to the pyro_permutations project.
+# SPDX-License-Identifier: Apache-2.0
+"""Masks taken apart into their connected components, to be solved one by one."""
+
+from __future__ import annotations
+
+__all__ = ["Part", "falls_apart", "flattened", "parts", "put", "take"]
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+
+# A row or column with fewer cells than this makes its component thin.
+_THIN = 4
+# Parts are solved one by one if that leaves at most this share of the cubic cost, and
+# if the problem is large enough for cost to be more than the calls.
+_WORTHWHILE = 0.6
+_SMALLEST = 32
+
+
+class Part(NamedTuple):
+    """Components of one size and one kind, s >= 2 rows and s columns each."""
+
+    element: Tensor  # (C,) long, flat index into the graph's batch
+    rows: Tensor  # (C, s) long
+    columns: Tensor  # (C, s) long
+    graph: MatchingGraph  # batch (C,), each of one component
+    thin: bool
+
+
+def parts(graph: MatchingGraph) -> list[Part]:
+    """The components of a graph, grouped by size and by whether they are thin.
+
+    A component is thin if some row or column of it has fewer than four cells.
+    """
+    return _parts(graph, str(graph.device))
+
+
+def falls_apart(graph: MatchingGraph) -> bool:
+    """Whether it pays to solve the components of a graph one by one."""
+    return not graph.is_full and _pays(graph, str(graph.device))
+
+
+def take(
+    x: Tensor,  # (a, b, n, n)
+    graph: MatchingGraph,  # batch of b elements
+) -> list[Tensor]:  # (a, C, s, s) for each part
+    """The cells of each part, read in one go: so is their gradient written."""
+    packed = x.flatten(1).index_select(1, _cells(graph, str(graph.device)))
+    shapes = [part.graph.allowed.shape for part in parts(graph)]
+    pieces = packed.split([shape.numel() for shape in shapes], 1)
+    return [
+        piece.reshape(-1, *shape) for piece, shape in zip(pieces, shapes, strict=True)
+    ]
+
+
+def put(
+    x: Tensor,  # (a, b, n, n)
+    pieces: list[Tensor],  # (a, C, s, s) for each part
+    graph: MatchingGraph,
+) -> Tensor:  # (a, b, n, n)
+    """A copy of a tensor with the cells of each part in their places."""
+    if not pieces:
+        return x
+    packed = torch.cat([piece.flatten(1) for piece in pieces], 1)
+    cells = _cells(graph, str(graph.device))
+    return x.flatten(1).index_copy(1, cells, packed).reshape(x.shape)
+
+
+def flattened(
+    lead: torch.Size, graph: MatchingGraph
+) -> tuple[tuple[int, int], MatchingGraph]:
+    """Leading dimensions as one that the graph does not know and one that it does."""
+    outer = len(lead) - len(graph.batch_shape)
+    flat = math.prod(lead[:outer]), math.prod(lead[outer:])
+    return flat, graph.expand(lead[outer:])
+
+
+@lru_cache(maxsize=64)
+def _parts(graph: MatchingGraph, device: str) -> list[Part]:
+    found = []
+    for group in graph.components():
+        # Under torch.func transforms tensors have no storage, but arrays can be made.
+        arrays = [np.array(x.tolist()) for x in group]
+        mask = arrays[-1]
+        size = mask.shape[-1]
+        fewest = np.minimum(mask.sum(-1).min(-1), mask.sum(-2).min(-1))
+        thin = (fewest < _THIN) & (size > 4)
+        for kind in np.unique(thin).tolist():
+            chosen = thin == kind
+            # The list outlives the mode in which it was first asked for.
+            with torch.inference_mode(False):
+                element, rows, columns, cells = (
+                    torch.from_numpy(x[chosen]).to(device) for x in arrays
+                )
+            inner = matching_graph(cells, (size, size))
+            found.append(Part(element, rows, columns, inner, kind))
+    return found
+
+
+@lru_cache(maxsize=64)
+def _cells(graph: MatchingGraph, device: str) -> Tensor:
+    """Flat indices into (batch, n, n) of the cells of all parts, in their order."""
+    n = graph.shape[0]
+    found = [np.zeros(0, dtype=np.int64)]
+    for part in _parts(graph, device):
+        element, i, j = (
+            np.array(x.tolist()) for x in (part.element, part.rows, part.columns)
+        )
+        row = element[:, None, None] * n + i[:, :, None]
+        found.append((row * n + j[:, None, :]).ravel())
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.concatenate(found)).to(device)
+
+
+@lru_cache(maxsize=64)
+def _pays(graph: MatchingGraph, device: str) -> bool:
+    n = graph.shape[0]
+    if n < _SMALLEST:
+        return False
+    apart = sum(p.rows.shape[0] * p.rows.shape[1] ** 3 for p in _parts(graph, device))
+    return apart < _WORTHWHILE * n**3 * math.prod(graph.batch_shape)
