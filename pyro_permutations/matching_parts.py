@@ -66,8 +66,6 @@ def put(
     graph: MatchingGraph,
 ) -> Tensor:  # (a, b, n, n)
     """A copy of a tensor with the cells of each part in their places."""
-    if not pieces:
-        return x
     packed = torch.cat([piece.flatten(1) for piece in pieces], 1)
     cells = _cells(graph, str(graph.device))
     return x.flatten(1).index_copy(1, cells, packed).reshape(x.shape)

@@ -72,6 +72,7 @@ def log_shift_integral(
         estimate of its error, which carries no gradient.
 
     Example:
+        >>> from pyro_permutations import matching_graph
         >>> graph = matching_graph(None, (2, 2))
         >>> scores = torch.zeros(2, 2, dtype=torch.float64)
         >>> value, _ = log_shift_integral(scores, graph)  # two logistics sum to zero

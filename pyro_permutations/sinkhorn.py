@@ -23,6 +23,10 @@ __all__ = ["log_sinkhorn", "sinkhorn"]
 _TOLERANCE = 1e-6
 # Sums and differences of scores up to here do not overflow.
 _LARGEST = 1e300
+_NOT_FINITE = (
+    "logits must be finite or -inf (a forbidden pair), but some are NaN or +inf, or "
+    f"exceed {_LARGEST:.0e} when divided by the temperature."
+)
 
 
 def log_sinkhorn(
@@ -134,7 +138,8 @@ def _by_component(
         r, c = rows[:, element, part.rows], columns[:, element, part.columns]
         sums = r[..., :, None], c[..., None, :]
         pieces.append(_solved(solver, inside, part.graph, *sums, tol))
-    result = put(result, pieces, graph)
+    # Where all is decided there still is a gradient, of zero.
+    result = put(result, pieces, graph) if pieces else result + 0 * scores
     return result.reshape(*lead, *shape)
 
 
@@ -238,10 +243,7 @@ def _flattened(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Checked scores (b, n, m), row sums (b, 1, n), column sums and roots (b, 1, m)."""
     if scores.numel() and not bool(scores.abs().amax() < _LARGEST):
-        raise ValueError(
-            "logits must be finite or -inf (a forbidden pair), but some are NaN or "
-            f"+inf, or exceed {_LARGEST:.0e} when divided by the temperature."
-        )
+        raise ValueError(_NOT_FINITE)
     if support is not None:
         scores = torch.where(support, scores, -torch.inf)
     n, m = scores.shape[-2:]
@@ -289,6 +291,8 @@ def _checked(
         given = matching_graph(mask, shape, logits.device).allowed
         mask = given & ~forbidden
         scores = torch.where(forbidden, 0.0, scores)
+        if _any(~torch.isfinite(scores)):
+            raise ValueError(_NOT_FINITE)
     graph = matching_graph(mask, shape, logits.device)
     scores = scores / _checked_temperature(temperature, scores)
     lead = _common(scores.shape[:-2], graph.batch_shape, "mask")
