@@ -19,6 +19,7 @@ NO_PYRO = ("pyro",)
 NO_INFERENCE = ("pyro.infer", "pyro.poutine", "pyro.optim", "pyro.contrib")
 LAYERS = [
     ("warnings", NUMERICS),
+    ("mask_analysis", NUMERICS),
     ("matching_graph", NUMERICS),
     ("matching_parts", NUMERICS),
     ("log_elimination", NUMERICS),
@@ -27,6 +28,7 @@ LAYERS = [
     ("matching", NUMERICS),
     ("kernel_scaling", NUMERICS),
     ("sinkhorn_solvers", NUMERICS),
+    ("sinkhorn_arguments", NUMERICS),
     ("sinkhorn", NUMERICS),
     ("shift_integral_cubature", NUMERICS),
     ("shift_integral_series", NUMERICS),
