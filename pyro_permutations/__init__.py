@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributions over permutations and matchings for Pyro."""
 
-from pyro_permutations.carried_log import log_of
+from pyro_permutations.carried_log import log_of, slack_of
 from pyro_permutations.constraints import (
     contrasts,
     doubly_stochastic,
@@ -45,6 +45,7 @@ __all__ = [
     "noise_kl",
     "permutation_matrix",
     "sinkhorn",
+    "slack_of",
     "to_indices",
     "to_matrix",
 ]

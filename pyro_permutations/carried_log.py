@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["carry_log", "log_of"]
+__all__ = ["carry_log", "log_of", "slack_of"]
 
 import pickle
 import warnings
@@ -13,33 +13,46 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from pyro_permutations.matching_graph import MatchingGraph
+from pyro_permutations.matching_graph import WIRE, MatchingGraph
 from pyro_permutations.warnings import LostLogWarning
 
 
 def carry_log(
-    P: Tensor,  # (*lead, n, n)
-    log_P: Tensor,  # (*lead, n, n) float64
-) -> Tensor:  # (*lead, n, n), the same object as P
+    P: Tensor,  # (*lead, n, m)
+    log_P: Tensor,  # (*lead, n, m) or (*lead, n + 1, m + 1) float64
+) -> Tensor:  # (*lead, n, m)
     """Attach the log of a value to it, for :func:`log_of` to find.
 
     At low temperature entries of P underflow while their logs are known exactly. The
     log stays valid while P is not changed in place. It is dropped under
     ``torch.inference_mode``, where such changes leave no trace.
+
+    A log with slack has one more row and column than the value. Then the value that
+    carries it is a view of a larger one, so that views of it find their slack.
+
+    Returns:
+        P itself; with slack, a view of a copy.
     """
-    if not P.is_inference():
-        if log_P.stride() != P.stride():
-            # Laid out as P, so that a view of P is the same view of the log.
-            log_P = torch.empty_like(P, dtype=log_P.dtype).copy_(log_P)
-        P._carried_log = _CarriedLog(P, log_P)  # type: ignore[attr-defined]
+    slack = bool(log_P.shape[-1] > P.shape[-1])  # a tensor under torch.jit.trace
+    whole = pad(P, (0, 1, 0, 1)) if slack else P
+    if whole.is_inference():
+        return P
+    if log_P.stride() != whole.stride():
+        # Laid out as P, so that a view of P is the same view of the log.
+        log_P = torch.empty_like(whole, dtype=log_P.dtype).copy_(log_P)
+    whole._carried_log = _CarriedLog(whole, log_P, slack)  # type: ignore[attr-defined]
+    if slack:
+        P = whole[..., :-1, :-1]
+        P._carried_log = _CarriedLog(P, log_P, slack)  # type: ignore[attr-defined]
     return P
 
 
 def log_of(
-    P: Tensor,  # (*lead, n, n)
+    P: Tensor,  # (*lead, n, m)
     graph: MatchingGraph | None = None,
-) -> Tensor:  # (*lead, n, n) float64
+) -> Tensor:  # (*lead, n, m) float64
     """The log of a doubly stochastic matrix: the one that it carries, if it does.
 
     Values from the transforms and distributions of this package carry their log, and
@@ -50,7 +63,7 @@ def log_of(
     says so.
 
     Args:
-        P: Shape ``(*lead, n, n)``.
+        P: Shape ``(*lead, n, m)``.
         graph: What a mask allows. Zeros outside its support are right, and have the log
             ``-inf``.
 
@@ -68,62 +81,139 @@ def log_of(
         tensor([   0., -500.], dtype=torch.float64)
     """
     log_P, lost = log_and_lost(P, graph)
-    if lost is not None:
-        _WarnIfAny.apply(lost)  # type: ignore[no-untyped-call]
+    warn_if_lost(lost)
     return log_P
 
 
+def warn_if_lost(lost: Tensor | None) -> None:
+    """Warn where a log is a guess, also under ``torch.func`` transforms."""
+    if lost is not None:
+        _WarnIfAny.apply(lost)  # type: ignore[no-untyped-call]
+
+
+def slack_of(
+    P: Tensor,  # (*lead, n, m)
+) -> tuple[Tensor, Tensor]:  # (*lead, n), (*lead, m)
+    """How much of each row and of each column is unmatched: what it lacks to one.
+
+    Values from this package carry it, exact where it is tiny; of other matrices it is
+    one less the sums.
+
+    Example:
+        >>> rows, columns = slack_of(torch.tensor([[0.9, 0.0], [0.0, 0.2]]))
+        >>> rows
+        tensor([0.1000, 0.8000])
+    """
+    found = _found(P, True)
+    if found is not None:
+        return found[..., :-1, -1].exp().to(P.dtype), found[..., -1, :-1].exp().to(
+            P.dtype
+        )
+    rows, columns = 1 - P.double().sum(-1), 1 - P.double().sum(-2)
+    return rows.clamp_min(0).to(P.dtype), columns.clamp_min(0).to(P.dtype)
+
+
 def log_and_lost(
-    P: Tensor,  # (*lead, n, n)
+    P: Tensor,  # (*lead, n, m)
     graph: MatchingGraph | None,
-) -> tuple[Tensor, Tensor | None]:  # (*lead, n, n) float64, and bool
+) -> tuple[Tensor, Tensor | None]:  # (*lead, n, m) float64, and bool
     """:func:`log_of` without the warning; where it is a guess, if none is carried."""
-    log_P = _carried(P)
-    base = P._base
-    if log_P is None and base is not None and base.dtype == P.dtype:
-        whole = _carried(base)
-        if whole is not None:
-            offset = P.storage_offset() - base.storage_offset()
-            log_P = whole.as_strided(
-                P.size(), P.stride(), whole.storage_offset() + offset
-            )
+    log_P = _found(P, False)
     if log_P is not None:
         return log_P, None
-    value, zero = P.double(), P <= 0
-    support = None if graph is None else graph.support.to(P.device)
-    lost = zero if support is None else zero & support
-    kind = torch.finfo(P.dtype)
-    log_P = torch.where(zero, kind.tiny * kind.eps, value).log()
-    log_P = log_P if support is None else torch.where(support, log_P, -torch.inf)
-    return log_P, lost
+    return _guess(P.double(), None if graph is None else graph.support.to(P.device), P)
+
+
+def log_with_slack(
+    P: Tensor,  # (*lead, n, m)
+    graph: MatchingGraph,
+) -> tuple[Tensor, Tensor | None]:  # (*lead, N, M) float64, and bool
+    """The same with the logs of the slack beside it, where the graph has some."""
+    if not graph.has_slack:
+        return log_and_lost(P, graph)
+    found = _found(P, True)
+    if found is not None:
+        return found, None
+    log_P, lost = log_and_lost(P, graph)
+    sums = log_P.exp()
+    rows, columns = graph.slack_cells()
+    log_r, lost_r = _guess(1 - sums.sum(-1), rows.to(P.device), P)
+    log_s, lost_s = _guess(1 - sums.sum(-2), columns.to(P.device), P)
+    corner = log_P.new_full((*log_P.shape[:-2], 1, 1), WIRE)
+    bottom = torch.cat([log_s[..., None, :], corner], -1)
+    whole = torch.cat([torch.cat([log_P, log_r[..., None]], -1), bottom], -2)
+    losses = [lost_r.any(-1), lost_s.any(-1)]
+    if lost is not None:
+        losses.append(lost.any(-1).any(-1))
+    return whole, torch.stack(losses).any(0)
+
+
+def _found(P: Tensor, slack: bool) -> Tensor | None:
+    """The log that a value or its base carries; with slack or without."""
+    carried = _carried(P)
+    if carried is not None:
+        log_P: Tensor = carried.log_P
+        if slack or not carried.slack:
+            return log_P if slack == carried.slack else None
+        return log_P[..., :-1, :-1]
+    base = P._base
+    carried = None if base is None or base.dtype != P.dtype else _carried(base)
+    if carried is None or base is None or (P.is_leaf and P.requires_grad):
+        return None
+    whole: Tensor = carried.log_P
+    size = P.size()
+    if slack:
+        # Only of whole matrices is the slack beside them.
+        inside = whole.dim() >= 2 and P.dim() >= 2
+        if not carried.slack or not inside or P.stride()[-2:] != whole.stride()[-2:]:
+            return None
+        size = torch.Size((*size[:-2], size[-2] + 1, size[-1] + 1))
+        if size[-2:] != whole.shape[-2:]:
+            return None
+    offset = whole.storage_offset() + P.storage_offset() - base.storage_offset()
+    return whole.as_strided(size, P.stride(), offset)
+
+
+def _guess(
+    value: Tensor, support: Tensor | None, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log of a value, of the smallest positive number of a type where it is zero."""
+    zero = value <= 0
+    kind = torch.finfo(like.dtype)
+    log = torch.where(zero, kind.tiny * kind.eps, value).log()
+    if support is None:
+        return log, zero
+    return torch.where(support, log, -torch.inf), zero & support
 
 
 class _CarriedLog:
     """A log, and the version of the value that it belongs to."""
 
-    def __init__(self, P: Tensor, log_P: Tensor | None) -> None:
-        self.log_P, self.version, self.owner = log_P, P._version, weakref.ref(P)
+    def __init__(self, P: Tensor, log_P: Tensor, slack: bool) -> None:
+        self.log_P, self.slack = log_P, slack
+        self.version, self.owner = P._version, weakref.ref(P)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickled or deep-copied along with its value, if it is still right.
         P = self.owner()
         valid = P is not None and P._version == self.version
-        return _revive, (self.log_P if valid else None,)
+        return _revive, (self.log_P if valid else None, self.slack)
 
 
-def _revive(log_P: Tensor | None) -> _CarriedLog:
+def _revive(log_P: Tensor | None, slack: bool) -> _CarriedLog | None:
     # The value is not known here, but torch counts its rebuilding as a version.
+    if log_P is None:
+        return None
     rebuilt = pickle.loads(pickle.dumps(torch.empty(0)))
-    return _CarriedLog(rebuilt, log_P)
+    return _CarriedLog(rebuilt, log_P, slack)
 
 
-def _carried(P: Tensor) -> Tensor | None:
-    """The attached log, unless P was changed or has to be differentiated itself."""
-    carried = getattr(P, "_carried_log", None)
+def _carried(P: Tensor) -> _CarriedLog | None:
+    """What is attached, unless P was changed or has to be differentiated itself."""
+    carried: _CarriedLog | None = getattr(P, "_carried_log", None)
     if carried is None or carried.version != P._version:
         return None
-    log_P: Tensor | None = carried.log_P
-    return None if P.is_leaf and P.requires_grad else log_P
+    return None if P.is_leaf and P.requires_grad else carried
 
 
 class _WarnIfAny(torch.autograd.Function):

@@ -31,7 +31,7 @@ SUM_TOLERANCE = {
 
 
 class _MatrixSet(Constraint):
-    """A set of n x n matrices, on all cells or on those that a mask leaves."""
+    """A set of n x m matrices, on all cells or on those that a mask leaves."""
 
     is_discrete = False
     event_dim = 2
@@ -41,7 +41,7 @@ class _MatrixSet(Constraint):
         if isinstance(mask, Tensor):
             if mask.dim() < 2:
                 raise ValueError(
-                    f"mask must have shape (*batch, n, n), got {tuple(mask.shape)}."
+                    f"mask must have shape (*batch, n, m), got {tuple(mask.shape)}."
                 )
             mask = matching_graph(mask, (mask.shape[-2], mask.shape[-1]))
         self.graph = mask
@@ -51,6 +51,15 @@ class _MatrixSet(Constraint):
         """Whether both are the same kind of set on the same cells."""
         return type(self) is type(other) and self.graph == getattr(other, "graph", None)
 
+    def _graph_for(self, value: Tensor) -> MatchingGraph | None:
+        """The graph for a value, or that of its shape; None for other shapes."""
+        if value.dim() < 2:
+            return None
+        shape = (value.shape[-2], value.shape[-1])
+        if self.graph is not None:
+            return self.graph if self.graph.shape == shape else None
+        return matching_graph(None, shape) if 1 <= shape[0] <= shape[1] else None
+
     def __hash__(self) -> int:
         return hash((type(self), self.graph))
 
@@ -59,14 +68,15 @@ class _MatrixSet(Constraint):
 
 
 class _DoublyStochastic(_MatrixSet):
-    """Non-negative matrices whose rows and columns sum to one.
+    """Non-negative matrices whose rows and columns sum to one, or less.
 
-    ``doubly_stochastic`` is the set for square matrices of any size, and
-    ``doubly_stochastic(mask)`` the one for a mask: cells outside its support, those
-    that no perfect matching can use, are exactly zero.
+    ``doubly_stochastic`` is the set for matrices of any size, in which columns may sum
+    to less than one if there are fewer rows. ``doubly_stochastic(mask)`` is the one for
+    a mask: cells outside its support, those that no matching can use, are exactly
+    zero, and what may stay unmatched may sum to less than one.
 
     Args:
-        mask: Shape ``(*batch, n, n)``, bool, True where a pair is allowed, or a
+        mask: Shape ``(*batch, n, m)``, bool, True where a pair is allowed, or a
             :class:`~pyro_permutations.matching_graph.MatchingGraph`.
 
     Example:
@@ -84,18 +94,21 @@ class _DoublyStochastic(_MatrixSet):
 
     def check(
         self,
-        value: Tensor,  # (*lead, n, n)
+        value: Tensor,  # (*lead, n, m)
     ) -> Tensor:  # (*lead,) bool
         """Whether each matrix is in the set, up to :data:`SUM_TOLERANCE`."""
         tolerance = SUM_TOLERANCE.get(value.dtype, 0.0)
-        allowed = value >= 0
-        if self.graph is not None:
-            if tuple(value.shape[-2:]) != self.graph.shape:
-                return value.new_zeros(value.shape[:-2], dtype=torch.bool)
-            allowed = allowed & (self.graph.support.to(value.device) | (value == 0))
-        rows = (value.sum(-1, dtype=torch.float64) - 1).abs() <= tolerance
-        columns = (value.sum(-2, dtype=torch.float64) - 1).abs() <= tolerance
-        return allowed.all(-1).all(-1) & rows.all(-1) & columns.all(-1)
+        graph = self._graph_for(value)
+        if graph is None:
+            return value.new_zeros(value.shape[:-2], dtype=torch.bool)
+        support = graph.support.to(value.device)
+        allowed = (value >= 0) & (support | (value == 0))
+        result = allowed.all(-1).all(-1)
+        for dim, slack in zip((-1, -2), graph.slack_cells(), strict=True):
+            missing = 1 - value.sum(dim, dtype=torch.float64)
+            below = slack.to(value.device) & (missing > 0)
+            result = result & (below | (missing.abs() <= tolerance)).all(-1)
+        return result
 
 
 class _StraightThrough(_DoublyStochastic):
@@ -111,10 +124,11 @@ class _Contrasts(_MatrixSet):
     """Score matrices with their row and column shifts taken out.
 
     They are zero on a spanning forest of the allowed cells and on forbidden cells. With
-    no mask, ``contrasts()``, the forest is the last row and the last column.
+    no mask, ``contrasts()``, the forest is the last row and the last column, or the
+    last column alone if there are fewer rows. What may stay unmatched has no shift.
 
     Args:
-        mask: Shape ``(*batch, n, n)``, bool, True where a pair is allowed, or a
+        mask: Shape ``(*batch, n, m)``, bool, True where a pair is allowed, or a
             :class:`~pyro_permutations.matching_graph.MatchingGraph`.
 
     Example:
@@ -128,51 +142,41 @@ class _Contrasts(_MatrixSet):
 
     def check(
         self,
-        value: Tensor,  # (*lead, n, n)
+        value: Tensor,  # (*lead, n, m)
     ) -> Tensor:  # (*lead,) bool
         """Whether each matrix is finite, and exactly zero where it has to be."""
         finite = torch.isfinite(value).all(-1).all(-1)
-        if self.graph is None:
-            if value.shape[-2] != value.shape[-1]:
-                return torch.zeros_like(finite)
-            last_row, last_column = value[..., -1, :] == 0, value[..., -1] == 0
-            return finite & last_row.all(-1) & last_column.all(-1)
-        if tuple(value.shape[-2:]) != self.graph.shape:
+        graph = self._graph_for(value)
+        if graph is None:
             return torch.zeros_like(finite)
-        zero = self.graph.free.to(value.device) | (value == 0)
+        zero = graph.free.to(value.device) | (value == 0)
         return finite & zero.all(-1).all(-1)
 
 
-class _PermutationMatrix(Constraint):
+class _PermutationMatrix(_DoublyStochastic):
     """Matrices of zeros and ones, with a single one in every row and column.
+
+    Like :data:`doubly_stochastic` it is a set for matrices of any size, and
+    ``permutation_matrix(mask)`` the one for a mask: what may stay unmatched may have no
+    one.
 
     Example:
         >>> permutation_matrix.check(torch.eye(3))
         tensor(True)
+        >>> permutation_matrix.check(torch.eye(2, 3))  # more columns than rows
+        tensor(True)
     """
 
     is_discrete = True
-    event_dim = 2
+    _name = "permutation_matrix"
 
     def check(
         self,
-        value: Tensor,  # (*lead, n, n)
+        value: Tensor,  # (*lead, n, m)
     ) -> Tensor:  # (*lead,) bool
-        """Whether each matrix is exactly a permutation matrix."""
+        """Whether each matrix is exactly a permutation matrix, or a partial one."""
         binary = (value == 0) | (value == 1)
-        ones = value == 1
-        rows, columns = ones.sum(-1) == 1, ones.sum(-2) == 1
-        return binary.all(-1).all(-1) & rows.all(-1) & columns.all(-1)
-
-    def __eq__(self, other: object) -> bool:
-        """All are equal: the size is not part of the set."""
-        return type(self) is type(other)
-
-    def __hash__(self) -> int:
-        return hash(type(self))
-
-    def __repr__(self) -> str:
-        return "permutation_matrix"
+        return binary.all(-1).all(-1) & super().check(value)
 
 
 doubly_stochastic = _DoublyStochastic()

@@ -4,10 +4,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-__all__ = ["scale_kernel", "solve_marginals", "spread"]
+from pyro_permutations.matching_graph import WIRE
+
+__all__ = ["Scaling", "scale_kernel", "solve_marginals", "spread"]
 
 # Up to this size a factorization beats conjugate gradients.
 _SMALL = 48
@@ -22,16 +28,30 @@ _MOST_STEPS = 60
 # No potential moves further in one step; and none further than that since the kernel
 # was made, which is raised to the floor where it is less.
 _LONGEST = 20.0
+# Slack is at most one where the sums are right; on the way it is read as no more than
+# the exponential of this.
+_HIGHEST = 50.0
 _FARTHEST = 60.0
 
 
+class Scaling(NamedTuple):
+    """A scaled matrix and how it was reached."""
+
+    p: Tensor  # (b, n, m)
+    potentials: Tensor  # (b, 1, m), g
+    residual: float  # largest error of a sum
+    iterations: int
+
+
 def scale_kernel(
-    scores: Tensor,  # (b, n, m), -inf where forbidden if there is a mask
+    scores: Tensor,  # (b, n, m), -inf where forbidden
     rows: Tensor,  # (b, 1, n)
     columns: Tensor,  # (b, 1, m)
     tol: float,
+    *,
+    slack: bool,
     masked: bool,
-) -> tuple[Tensor, Tensor, float, int]:
+) -> Scaling:
     """Matrix exp(scores + f_i + g_j) of given sums to an absolute tolerance, float64.
 
     Row potentials are eliminated: with K of unit row sums and v over columns,
@@ -39,22 +59,31 @@ def scale_kernel(
     vector are all that a step costs. Temperatures fall to one from where the scores
     are mild, and the potentials, nearly linear in the temperature, are extrapolated.
 
-    Returns the matrix, the potentials g (b, 1, m), the largest error and the number of
-    steps.
+    With slack the last row and column are those of a matching graph. No sums are asked
+    of them and their potentials stay zero: what is in them leaks from the rows and
+    drains into the columns.
     """
-    base = scores - scores.amax(-1, keepdim=True)
+    first = _FIRST * spread(scores, slack=slack, masked=masked)
+    ties = None
+    if slack:
+        scores, ties = _apart(scores)
+        rows, columns = rows[..., :-1], columns[..., :-1]
+    top = scores.amax(-1, keepdim=True)
+    if ties is not None:
+        top = torch.maximum(top, ties[0].mT)
+        ties = ties[0].mT - top, ties[1]
+    base = scores - top
     forbidden = base == -torch.inf if masked else None
-    first = _FIRST * spread(base, forbidden)
     t = torch.where(first < 2, 1.0, first)
     shrink = 0.25 if scores.shape[-1] <= _SMALL else 0.5
     potential = torch.zeros_like(columns)
     before, t_before = potential, t
     steps, direct = 0, scores.shape[-1] <= _SMALL
     while True:
-        kernel = _kernel(base, potential, t, forbidden)
+        kernel, leaks = _kernel(base, potential, t, forbidden, ties)
         target = torch.where(t == 1, tol, _STAGE_TOLERANCE)
         v, u, error, taken, direct = _newton(
-            kernel, rows, columns, target, steps == 0, direct
+            kernel, leaks, rows, columns, target, steps == 0, direct
         )
         steps += taken
         now = potential + t * v.log()
@@ -72,18 +101,26 @@ def scale_kernel(
         potential = now + slope * (smaller - t)
         before, t_before, t = now, t, smaller
     p = kernel.mul_(u.mT).mul_(v)
-    return p, now, float(error.amax()) if error.numel() else 0.0, steps
+    if leaks is not None:
+        p, now = _together(p, leaks[0] * u, leaks[1] * v), pad(now, (0, 1))
+    residual = float(error.amax()) if error.numel() else 0.0
+    return Scaling(p, now, residual, steps)
 
 
 def spread(
     scores: Tensor,  # (b, n, m)
-    forbidden: Tensor | None,  # (b, n, m)
+    *,
+    slack: bool,
+    masked: bool,
 ) -> Tensor:  # (b, 1, 1)
-    """Standard deviation of the scores of the allowed pairs."""
+    """Standard deviation of the scores of the allowed pairs, and of slack."""
     count = scores[:, :1, :1].new_full((), scores.shape[-2] * scores.shape[-1])
-    if forbidden is None:
+    if not (masked or slack):
         centred = scores - scores.mean((-2, -1), keepdim=True)
     else:
+        forbidden = scores == -torch.inf
+        if slack:
+            forbidden[:, -1, -1] = True  # the wire
         count = count - forbidden.sum((-2, -1), keepdim=True)
         values = scores.masked_fill(forbidden, 0.0)
         centred = values - values.sum((-2, -1), keepdim=True) / count
@@ -100,39 +137,82 @@ def solve_marginals(
     p: Tensor,  # (b, n, m)
     a: Tensor,  # (b, 1, n)
     b: Tensor,  # (b, 1, m)
+    *,
+    slack: bool,
 ) -> tuple[Tensor, Tensor]:  # (b, 1, n), (b, 1, m)
     """Solve r_i x_i + sum_j P_ij y_j = a_i, sum_i P_ij x_i + c_j y_j = b_j.
 
     With r and c the sums of P, one more solve with the Laplacian of the scaling. It is
     singular along constants, where a and b balance, and near a permutation, where its
     ridge of 1e-14 keeps x and y finite: they are multiplied by entries that vanish.
+    With slack x and y are zero in the last row and column.
     """
+    leaks = None
+    if slack:
+        p, leaks = _apart(p)
+        a, b = a[..., :-1], b[..., :-1]
     r, c = p.sum(-1)[:, None, :], p.sum(-2)[:, None, :]
+    if leaks is not None:
+        r, c = r + leaks[0], c + leaks[1]
     one_n, one_m = torch.ones_like(r), torch.ones_like(c)
     rest = b - _times(a / r, p)
     if p.shape[-1] <= _SMALL:
-        y = _factorized(p, one_n, one_m, r, rest)
+        y = _factorized(p, leaks, one_n, one_m, r, rest)
     else:
         stop = 1e-8 * rest.abs().amax(-1, keepdim=True)
         y, slow = _conjugate_gradients(p, one_n, one_m, c, r, rest, stop)
         if slow:
-            y = _factorized(p, one_n, one_m, r, rest)
-    return (a - _times(y, p.mT)) / r, y
+            y = _factorized(p, leaks, one_n, one_m, r, rest)
+    x = (a - _times(y, p.mT)) / r
+    return (pad(x, (0, 1)), pad(y, (0, 1))) if slack else (x, y)
+
+
+# What rows (b, 1, n) have in common with the slack, and columns (b, 1, m).
+_Ties = tuple[Tensor, Tensor]
+
+
+def _apart(x: Tensor) -> tuple[Tensor, _Ties]:
+    return x[:, :-1, :-1], (x[:, None, :-1, -1], x[:, -1:, :-1])
+
+
+def _together(p: Tensor, leaks: Tensor, drains: Tensor) -> Tensor:
+    p = torch.cat([p, leaks.mT], -1)
+    corner = p.new_full((len(p), 1, 1), math.exp(WIRE))
+    return torch.cat([p, torch.cat([drains, corner], -1)], -2)
 
 
 def _kernel(
-    base: Tensor, potential: Tensor, t: Tensor, forbidden: Tensor | None
-) -> Tensor:
+    base: Tensor,
+    potential: Tensor,
+    t: Tensor,
+    forbidden: Tensor | None,
+    ties: _Ties | None,
+) -> tuple[Tensor, _Ties | None]:
+    """The kernel, of unit row sums, and what leaks from rows and drains into columns.
+
+    The leaks are part of the row sums. They are kept apart from the kernel because no
+    equation belongs to the slack.
+    """
     x = (base + potential).div_(t)
-    x -= x.amax(-1, keepdim=True)
+    top = x.amax(-1, keepdim=True)
+    if ties is not None:
+        top = torch.maximum(top, ties[0] / t)
+    x -= top
     x = x.clamp_min_(_FLOOR).exp_()
     if forbidden is not None:
         x.masked_fill_(forbidden, 0.0)
-    return x.div_(x.sum(-1, keepdim=True))
+    total = x.sum(-1, keepdim=True)
+    if ties is None:
+        return x.div_(total), None
+    leak = (ties[0] / t - top).exp()
+    total += leak
+    drain = ((ties[1] + potential) / t).clamp_max(_HIGHEST).exp()
+    return x.div_(total), ((leak / total).mT, drain)
 
 
 def _newton(
     kernel: Tensor,
+    leaks: _Ties | None,
     rows: Tensor,
     columns: Tensor,
     target: Tensor,
@@ -141,12 +221,12 @@ def _newton(
 ) -> tuple[Tensor, Tensor, Tensor, int, bool]:
     """v, u, the errors, the number of steps, and whether to factorize from now on."""
     v = torch.ones_like(columns)
-    u, sums = _sweep(kernel, v, rows)
+    u, sums = _sweep(kernel, leaks, v, rows)
     # Sweeps converge linearly; while they cut the error they are cheaper.
     steps, travelled = 1, 0.0
     while mild and steps < 5:
         v = v * (columns / sums)
-        u, sums = _sweep(kernel, v, rows)
+        u, sums = _sweep(kernel, leaks, v, rows)
         steps += 1
     error = _error(sums, columns)
     while (
@@ -154,7 +234,7 @@ def _newton(
     ):
         if mild and steps < 12:
             v = v * (columns / sums)
-            u, sums = _sweep(kernel, v, rows)
+            u, sums = _sweep(kernel, leaks, v, rows)
             smaller = _error(sums, columns)
             mild = bool((smaller < 0.6 * error).all())
             error = smaller
@@ -166,15 +246,15 @@ def _newton(
                     kernel, u, v, sums, rows, lacking, stop
                 )
             if direct:
-                move = _factorized(kernel, u, v, rows, lacking)
+                move = _factorized(kernel, leaks, u, v, rows, lacking)
             length = float(move.abs().amax())
             if length > 1.5:
-                v, sums = _line_search(kernel, v, rows, columns, lacking, move)
+                v, sums = _line_search(kernel, leaks, v, rows, columns, lacking, move)
                 v = v * (columns / sums)
             else:
                 v = v * move.exp()
             travelled += min(length, _LONGEST)
-            u, sums = _sweep(kernel, v, rows)
+            u, sums = _sweep(kernel, leaks, v, rows)
             error = _error(sums, columns)
         steps += 1
     return v, u, error, steps, direct
@@ -185,10 +265,15 @@ def _times(x: Tensor, matrix: Tensor) -> Tensor:
     return torch.bmm(x, matrix)
 
 
-def _sweep(kernel: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _sweep(
+    kernel: Tensor, leaks: _Ties | None, v: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
     """U that makes the rows exact, and what the columns add up to then."""
-    u = rows / _times(v, kernel.mT)
-    return u, v * _times(u, kernel)
+    if leaks is None:
+        u = rows / _times(v, kernel.mT)
+        return u, v * _times(u, kernel)
+    u = rows / (_times(v, kernel.mT) + leaks[0])
+    return u, v * (_times(u, kernel) + leaks[1])
 
 
 def _error(sums: Tensor, columns: Tensor) -> Tensor:  # (b, 1, 1)
@@ -197,6 +282,7 @@ def _error(sums: Tensor, columns: Tensor) -> Tensor:  # (b, 1, 1)
 
 def _line_search(
     kernel: Tensor,
+    leaks: _Ties | None,
     v: Tensor,
     rows: Tensor,
     columns: Tensor,
@@ -209,7 +295,7 @@ def _line_search(
     slope = (move * lacking).sum(-1, keepdim=True)
     for _ in range(8):
         ahead = v * (length * move).exp()
-        _, sums = _sweep(kernel, ahead, rows)
+        _, sums = _sweep(kernel, leaks, ahead, rows)
         turned = (move * (columns - sums)).sum(-1, keepdim=True)
         far = turned < -0.5 * slope
         if not bool(far.any()):
@@ -227,17 +313,27 @@ def _close_enough(lacking: Tensor, target: Tensor) -> Tensor:  # (b, 1, 1)
 
 
 def _factorized(
-    kernel: Tensor, u: Tensor, v: Tensor, rows: Tensor, b: Tensor
+    kernel: Tensor,
+    leaks: _Ties | None,
+    u: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    b: Tensor,
 ) -> Tensor:
     """Solve (diag(sums) - P' diag(1 / r) P) d = b for P = diag(u) K diag(v).
 
-    By Cholesky, the diagonal a sum of what is off it, with a ridge of 1e-14.
+    By Cholesky, the diagonal a sum of what is off it, with a ridge of 1e-14; slack is
+    a tie to the ground, by way of a row or of its own.
     """
     p = kernel * (u * rows.rsqrt()).mT * v
     laplacian = torch.bmm(p.mT, p).neg_()
     diagonal = laplacian.diagonal(dim1=-2, dim2=-1)
     diagonal.zero_()
-    diagonal.copy_(1e-14 - laplacian.sum(-1))
+    off = laplacian.sum(-1)
+    if leaks is not None:
+        ground = _times(leaks[0] * u * rows.rsqrt(), p) + v * leaks[1]
+        off -= ground[:, 0]
+    diagonal.copy_(1e-14 - off)
     ridge = 1e-14
     factor, failed = torch.linalg.cholesky_ex(laplacian)
     while bool(failed.any()):  # rounding took clusters that are hardly tied to the rest

@@ -7,6 +7,7 @@ from __future__ import annotations
 __all__ = ["matching", "to_indices", "to_matrix"]
 
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from pyro_permutations.mask_analysis import may_stay_unmatched
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.unmatched_scores import Unmatched, relative_scores
 
 try:
     from lap import lapjvr_batch
@@ -23,103 +26,129 @@ except ImportError:  # scipy does the same, one by one
 
 
 def matching(
-    logits: Tensor,  # (*batch, n, n)
+    logits: Tensor,  # (*batch, n, m)
     *,
-    mask: Tensor | MatchingGraph | None = None,  # (*batch, n, n) bool
-) -> Tensor:  # (*batch, n, n)
-    r"""Return the perfect matching with the largest total score.
+    mask: Tensor | MatchingGraph | None = None,  # (*batch, n, m) bool
+    unmatched: Unmatched | None = None,  # (*batch, n), (*batch, m)
+) -> Tensor:  # (*batch, n, m)
+    r"""Return the matching with the largest total score.
 
     .. math:: M(X) = \arg\max_{P} \sum_{ij} P_{ij} X_{ij}
 
-    over the permutation matrices P. ``P[i, j] = 1`` says that row item i is matched
-    to column item j. The answer is exact, up to rounding in float64, and a maximiser
-    also where there are ties; it takes O(n^3) steps for each matrix, on the CPU. It is
-    piecewise constant in the logits and carries no gradient. Works under
-    ``torch.func.vmap``, and ``torch.jit.trace`` records it as a call.
+    over the permutation matrices P, or, with n < m, over the matrices that match every
+    row to a column of its own. ``P[i, j] = 1`` says that row item i is matched to
+    column item j. With ``unmatched`` any row or column may stay without a partner, and
+    then counts with that score. The answer is exact, up to rounding in float64, and a
+    maximiser also where there are ties; it takes O(n m^2) steps for each matrix, on
+    the CPU. It is piecewise constant in the logits and carries no gradient. Works
+    under ``torch.func.vmap``, and ``torch.jit.trace`` records it as a call.
 
     Args:
-        logits: Scores of shape ``(*batch, n, n)``. Entries of ``-inf`` forbid pairs.
+        logits: Scores of shape ``(*batch, n, m)``. Entries of ``-inf`` forbid pairs.
         mask: Allowed pairs, of a shape whose batch broadcasts with that of the
             logits, or a :class:`~pyro_permutations.matching_graph.MatchingGraph`.
             Forbidden pairs are never used, and the logits there are not looked at.
+        unmatched: Scores of unmatched rows and of unmatched columns, numbers or
+            tensors; ``-inf`` for those that have to be matched.
 
     Raises:
-        ValueError: If allowed logits are NaN or ``+inf``, if the matrix is not square
-            or is empty, or if the allowed pairs have no perfect matching.
+        ValueError: If allowed logits are NaN or ``+inf``, if there are more rows than
+            columns that all have to be matched, or if the allowed pairs have no
+            matching.
 
     Example:
         >>> logits = torch.tensor([[0.0, 1.0, 3.0], [2.0, 0.0, 1.0], [0.0, 4.0, 3.0]])
         >>> to_indices(matching(logits))
         tensor([2, 0, 1])
+        >>> to_indices(matching(logits[:2]))
+        tensor([2, 0])
+        >>> to_indices(matching(logits, unmatched=(0.0, 2.5)))
+        tensor([ 2, -1,  1])
     """
     n, m = logits.shape[-2:] if logits.dim() >= 2 else (0, 0)
-    if n != m or n == 0:
+    if n == 0 or m == 0:
         raise ValueError(
-            f"logits must have shape (*batch, n, n) with n >= 1, got "
+            "logits must have shape (*batch, n, m) with n, m >= 1, got "
             f"{tuple(logits.shape)}."
         )
-    scores = logits.detach()
-    if mask is not None:
-        allowed = matching_graph(mask, (n, m), logits.device).allowed
-        scores = torch.where(allowed, scores, -torch.inf)
-    return _one_hot(_best(scores), logits.dtype)
+    scores, free = relative_scores(logits.detach(), unmatched)
+    graph = None
+    if mask is not None or (free is None and n > m):
+        graph = matching_graph(mask, (n, m), logits.device, unmatched=free)
+        scores = torch.where(graph.allowed, scores, -torch.inf)
+    if graph is not None and graph.has_slack:
+        free = graph.free_rows, graph.free_columns
+    if free is not None:
+        lead = scores.shape[:-2]
+        free = free[0].expand(*lead, n), free[1].expand(*lead, m)
+    return _one_hot(_best(scores, *(free or (None, None))), m, logits.dtype)
 
 
 def to_indices(
-    P: Tensor,  # (*batch, n, n)
+    P: Tensor,  # (*batch, n, m)
 ) -> Tensor:  # (*batch, n) long
-    """Return ``perm`` with ``perm[i] = j`` where ``P[i, j] = 1``.
+    """Return ``perm`` with ``perm[i] = j`` where ``P[i, j] = 1``; -1 for no partner.
 
     The inverse of :func:`to_matrix`, which shows the orientation.
 
     Args:
-        P: Permutation matrices of shape ``(*batch, n, n)``. Entries may miss 0 and 1
-            by eight units of rounding, as those of straight-through values do.
+        P: Matrices of zeros and ones of shape ``(*batch, n, m)``, with at most a one
+            in every row and column. Entries may miss 0 and 1 by eight units of
+            rounding, as those of straight-through values do.
 
     Raises:
-        ValueError: If a matrix is not a permutation matrix. The largest entries of
-            the rows of a soft matrix need not form a permutation: use
-            :func:`matching` for the nearest one.
+        ValueError: If a matrix is not of that kind. The largest entries of the rows of
+            a soft matrix need not form a matching: use :func:`matching` for the
+            nearest one.
 
     Example:
         >>> to_indices(torch.eye(3)[[2, 0, 1]])
         tensor([2, 0, 1])
     """
-    if P.dim() < 2 or P.shape[-2] != P.shape[-1] or P.shape[-1] == 0:
+    if P.dim() < 2 or P.shape[-2] == 0 or P.shape[-1] == 0:
         raise ValueError(
-            "expected matrices of shape (*batch, n, n) with n >= 1, got "
+            "expected matrices of shape (*batch, n, m) with n, m >= 1, got "
             f"{tuple(P.shape)}."
         )
     slack = 8 * torch.finfo(P.dtype).eps if P.is_floating_point() else 0
     ones = (P - 1).abs() <= slack if P.dtype != torch.bool else P
     binary = ones | (P.abs() <= slack) if P.dtype != torch.bool else torch.ones_like(P)
-    if not (binary.all() and (ones.sum(-1) == 1).all() and (ones.sum(-2) == 1).all()):
+    if not (binary.all() and (ones.sum(-1) <= 1).all() and (ones.sum(-2) <= 1).all()):
         raise ValueError(
-            "expected permutation matrices, one 1 per row and column and 0 elsewhere, "
-            "got other values. The largest entries of the rows of a soft matrix need "
-            "not form a permutation: pass it through matching(...) first."
+            "expected permutation matrices or partial ones, at most one 1 per row and "
+            "column and 0 elsewhere, got other values. The largest entries of the rows "
+            "of a soft matrix need not form a matching: pass it through matching(...) "
+            "first."
         )
-    return ones.long().argmax(-1)
+    return torch.where(ones.any(-1), ones.long().argmax(-1), -1)
 
 
 def to_matrix(
     perm: Tensor,  # (*batch, n) of integers
     dtype: torch.dtype | None = None,
-) -> Tensor:  # (*batch, n, n)
+    *,
+    columns: int | None = None,
+) -> Tensor:  # (*batch, n, m)
     """Return P with ``P[i, perm[i]] = 1``, so that ``(P @ x)[i] = x[perm[i]]``.
 
     Args:
-        perm: Permutations of 0..n-1, of shape ``(*batch, n)``.
+        perm: Permutations of 0..n-1, of shape ``(*batch, n)``; or columns, none of
+            them twice, with -1 for a row without a partner.
         dtype: Type of the result; the default floating point type if not given.
+        columns: The number m of columns, n if not given.
 
     Raises:
-        ValueError: If the entries are not integers, or not each of 0..n-1 once.
+        ValueError: If the entries are not integers, or not of 0..m-1, or the same
+            column twice.
 
     Example:
         >>> to_matrix(torch.tensor([2, 0, 1]))  # ones at (0, 2), (1, 0), (2, 1)
         tensor([[0., 0., 1.],
                 [1., 0., 0.],
                 [0., 1., 0.]])
+        >>> to_matrix(torch.tensor([2, -1]), columns=3)
+        tensor([[0., 0., 1.],
+                [0., 0., 0.]])
 
         The permutation that sorts:
 
@@ -135,28 +164,34 @@ def to_matrix(
             f"perm must be integers of shape (*batch, n), got {perm.dtype} of shape "
             f"{tuple(perm.shape)}."
         )
-    n = perm.shape[-1]
+    m = perm.shape[-1] if columns is None else columns
     perm = perm.long()
-    if not (perm.sort(-1).values == torch.arange(n, device=perm.device)).all():
+    P = _one_hot(perm, m, torch.get_default_dtype() if dtype is None else dtype)
+    unknown = (perm < -1) | (perm >= m)
+    if unknown.any() or (P.sum(-2, dtype=torch.float64) > 1).any():
         raise ValueError(
-            f"perm must hold each of 0..{n - 1} once in its last dimension, "
+            f"perm must hold each of 0..{m - 1} at most once in its last dimension, "
+            "and -1 for no partner, "
             f"got {perm.tolist() if perm.numel() <= 20 else 'other entries'}."
         )
-    return _one_hot(perm, torch.get_default_dtype() if dtype is None else dtype)
+    return P
 
 
-def _one_hot(perm: Tensor, dtype: torch.dtype) -> Tensor:
-    columns = torch.arange(perm.shape[-1], device=perm.device)
-    return (perm.unsqueeze(-1) == columns).to(dtype)
+def _one_hot(perm: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    return (perm.unsqueeze(-1) == torch.arange(columns, device=perm.device)).to(dtype)
 
 
 # An operator of its own, so that a trace records a call and not one assignment, and so
 # that vmap reaches it as one batch. It sees real numbers: values are checked inside.
 @torch.library.custom_op(
-    "pyro_permutations::matching", mutates_args=(), schema="(Tensor logits) -> Tensor"
+    "pyro_permutations::matching",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor? rows, Tensor? columns) -> Tensor",
 )
 def _best(
     logits: Tensor,  # (*batch, n, m), -inf for forbidden pairs
+    rows: Tensor | None,  # (*batch, n) bool, may stay unmatched
+    columns: Tensor | None,  # (*batch, m) bool
 ) -> Tensor:  # (*batch, n) long
     scores = logits.double()
     if not (scores < torch.inf).all():  # also false for NaN
@@ -166,50 +201,111 @@ def _best(
             f"among {scores.numel()} entries."
         )
     *batch, n, m = logits.shape
-    perm = best_assignments(scores.cpu().numpy().reshape(-1, n, m)).reshape(*batch, n)
-    if (perm < 0).any():
+    free = None if rows is None or columns is None else (rows, columns)
+    arrays = None
+    if free is not None:
+        arrays = tuple(x.cpu().numpy().reshape(-1, x.shape[-1]) for x in free)
+    perm = best_assignments(scores.cpu().numpy().reshape(-1, n, m), arrays)
+    if (perm == IMPOSSIBLE).any():
         try:
-            matching_graph(scores > -torch.inf, (n, m))
+            matching_graph(scores > -torch.inf, (n, m), unmatched=free)
         except ValueError as error:
             raise ValueError(
                 f"logits are -inf for forbidden pairs, and this {error}"
             ) from None
-    return torch.from_numpy(perm).to(logits.device)
+    return torch.from_numpy(perm.reshape(*batch, n)).to(logits.device)
 
 
 @_best.register_fake
-def _(logits: Tensor) -> Tensor:
+def _(logits: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     return logits.new_empty(logits.shape[:-1], dtype=torch.long)
 
 
 @_best.register_vmap
 def _(
-    info: object, in_dims: tuple[int | None], logits: Tensor
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    logits: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
 ) -> tuple[Tensor, int | None]:
-    assert in_dims[0] is not None
-    return _best(logits.movedim(in_dims[0], 0)), 0
+    moved = [
+        x
+        if x is None
+        else x.movedim(d, 0)
+        if d is not None
+        else x.expand(info.batch_size, *x.shape)
+        for x, d in zip((logits, rows, columns), in_dims, strict=True)
+    ]
+    return _best(*moved), 0
+
+
+# In place of a column where there is no matching.
+IMPOSSIBLE = -2
 
 
 def best_assignments(
     scores: NDArray[np.float64],  # (b, n, m), -inf for forbidden pairs
-) -> NDArray[np.int64]:  # (b, n), -1 where there is no matching
+    free: tuple[NDArray[np.bool_], ...] | None = None,  # (b, n), (b, m)
+) -> NDArray[np.int64]:  # (b, n), -1 for no partner
     """Solve the assignments of a batch; the only place where that is done.
 
-    Forbidden pairs stay infinite, so no sum of finite scores can pay for one. The batch
-    solver of lapx is the faster one, where it is installed; scipy's takes infinite
-    scores.
+    Rows and columns that are free may stay unmatched, for a score of zero; None is as
+    for :func:`matching_graph`. Forbidden pairs stay infinite, so no sum of finite
+    scores can pay for one. The batch solver of lapx is the faster one, where it is
+    installed; scipy's takes infinite scores.
     """
+    b, n, m = scores.shape
     finite = np.isfinite(scores)
     size = np.abs(scores, where=finite, out=np.zeros_like(scores))
     if size.max(initial=0) > 1e290:  # keep the sums of n scores finite
         scores = np.ldexp(scores, -64)
-    perm = np.full(scores.shape[:-1], -1)
-    if lapjvr_batch is not None and finite.all() and perm.size:
+    perm = np.full((b, n), IMPOSSIBLE)
+    square = free is None and n == m
+    if square and lapjvr_batch is not None and finite.all() and perm.size:
         threads = torch.get_num_threads()
         _, _, found = lapjvr_batch(-scores, n_threads=threads)
         perm[:] = found
         return perm
     for k, each in enumerate(scores):
         with suppress(ValueError):  # "cost matrix is infeasible"
-            perm[k] = linear_sum_assignment(each, maximize=True)[1]
+            if square and finite[k].all():
+                perm[k] = linear_sum_assignment(each, maximize=True)[1]
+            else:
+                one = None if free is None else (free[0][k], free[1][k])
+                perm[k] = _assignment(each, finite[k], one)
+    return perm
+
+
+def _assignment(
+    scores: NDArray[np.float64],  # (n, m)
+    finite: NDArray[np.bool_],  # (n, m)
+    free: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None,
+) -> NDArray[np.int64]:  # (n,)
+    """One assignment of what can be matched; raises ValueError if there is none."""
+    full, wide = finite.any(1), finite.any(0)
+    if free is None:
+        free = may_stay_unmatched(finite)
+    i, j = np.flatnonzero(full | ~free[0]), np.flatnonzero(wide | ~free[1])
+    scores, rows, columns = scores[np.ix_(i, j)], free[0][i], free[1][j]
+    perm = np.full(full.size, -1)
+    bound = not rows.any() and (i.size == j.size or bool(columns.all()))
+    if bound and i.size <= j.size:
+        perm[i] = j[linear_sum_assignment(scores, maximize=True)[1]]
+    elif rows.all() and columns.all():
+        # What is worth less than to stay unmatched is as good as that, and taken apart.
+        a, b = linear_sum_assignment(scores.clip(0), maximize=True)
+        gain = scores[a, b] > 0
+        perm[i[a[gain]]] = j[b[gain]]
+    else:
+        # Unmatched is matched to a dummy of one's own; dummies go with any dummy.
+        apart = (
+            np.where(np.diag(rows), 0, -np.inf),
+            np.where(np.diag(columns), 0, -np.inf),
+        )
+        block = np.block([[scores, apart[0]], [apart[1], np.zeros(scores.T.shape)]])
+        chosen = linear_sum_assignment(block, maximize=True)[1][: i.size]
+        perm[i] = np.where(
+            chosen < j.size, np.append(j, -1)[chosen.clip(0, j.size)], -1
+        )
     return perm

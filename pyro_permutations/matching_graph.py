@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-__all__ = ["ComponentGroup", "MatchingGraph", "matching_graph"]
+__all__ = ["WIRE", "ComponentGroup", "Free", "MatchingGraph", "matching_graph"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -16,54 +16,82 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
-from pyro_permutations.mask_analysis import BoolArray, IntArray, MaskAnalysis, analyse
+from pyro_permutations.mask_analysis import (
+    BoolArray,
+    IntArray,
+    MaskAnalysis,
+    analyse,
+    may_stay_unmatched,
+)
+
+# Log weight of the wire between the slack of the rows and that of the columns: its
+# inverse is nothing beside a sum of one, and it is far from the range of float64.
+WIRE = 40.0
+# What may stay unmatched: rows (*batch, n) and columns (*batch, m), bool.
+Free = tuple[Tensor, Tensor]
 
 
 class ComponentGroup(NamedTuple):
-    """All components of one size, s rows and s columns each."""
+    """All components of one size, s rows and t columns each."""
 
     element: Tensor  # (C,) long, flat index into the batch
     rows: Tensor  # (C, s) long, increasing
-    columns: Tensor  # (C, s) long, increasing
-    mask: Tensor  # (C, s, s) bool, the support inside each component
+    columns: Tensor  # (C, t) long, increasing
+    mask: Tensor  # (C, s, t) bool, the cells inside each component
+    slack: bool  # the last row and column are the slack
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MatchingGraph:
     r"""The bipartite graph of a mask, analysed once; built by :func:`matching_graph`.
 
-    Cells that no perfect matching uses are dropped; what is left, the ``support``,
-    falls apart into square connected components. Scores matter up to a constant per
-    row and per column, so they can be shifted to zero on a spanning forest of the
+    Cells that no matching uses are dropped; what is left, the ``support``, falls apart
+    into connected components. Scores matter up to a constant per row and per column
+    that have to be matched, so they can be shifted to zero on a spanning forest of the
     support. The cells that remain are free:
 
     .. math:: \text{dim} = |E| - (n + m - k),
 
-    for a support :math:`E` with :math:`k` components.
+    for a support :math:`E` with :math:`k` components, if everything is matched.
+
+    Where something may stay unmatched, the slack is a node more: a pair of unmatched
+    row and slack is a cell like others. ``cells`` has them in one more column and row,
+    whose corner is a wire, which makes of both ends one node. Its potential is zero,
+    so its cells are the forest's: rows and columns with slack have no shift.
     """
 
     allowed: Tensor  # (*batch, n, m) bool, as given
-    support: Tensor  # (*batch, n, m) bool, cells that some perfect matching uses
-    matching: Tensor  # (*batch, n) long, one perfect matching: row i to matching[i]
-    forest: Tensor  # (*batch, n, m) bool, a spanning forest of the support
-    row_component: Tensor  # (*batch, n) long, labels 0..k-1
-    column_component: Tensor  # (*batch, m) long, labels 0..k-1
-    root: Tensor  # (*batch, m) bool, one column per component
+    free_rows: Tensor  # (*batch, n) bool, rows that may stay unmatched
+    free_columns: Tensor  # (*batch, m) bool
+    cells: Tensor  # (*batch, N, M) bool, what some matching uses; N, M = n, m or 1 more
+    matching: Tensor  # (*batch, n) long, one matching: row i to matching[i], or -1
+    forest: Tensor  # (*batch, N, M) bool, a spanning forest of the cells
+    row_component: Tensor  # (*batch, N) long, labels 0..k-1
+    column_component: Tensor  # (*batch, M) long, labels 0..k-1
+    root: Tensor  # (*batch, M) bool, one column per component
+    support: Tensor  # (*batch, n, m) bool, pairs that some matching uses
     free: Tensor  # (*batch, n, m) bool, the support without the forest
     dim: Tensor  # (*batch,) long, number of free cells
-    row_counts: Tensor  # (*batch, n) long, cells of the support in each row
+    row_counts: Tensor  # (*batch, n) long, pairs of the support in each row
     column_counts: Tensor  # (*batch, m) long
-    is_full: bool  # no cell is forbidden
-    # The forest as pointers, for nodes 0..n-1 (rows) and n..n+m-1 (columns):
-    _cell: Tensor  # (*batch, n + m) long, flat cell of the edge to the parent
-    _sign: Tensor  # (*batch, n + m) int8: 1 for rows, -1 for columns, 0 for roots
-    _jumps: Tensor  # (*batch, h, n + m) long, ancestor 1, 2, 4, ... edges away
+    is_full: bool  # no pair is forbidden, and everything has to be matched
+    has_slack: bool  # something may stay unmatched
+    # The forest as pointers, for nodes 0..N-1 (rows) and N..N+M-1 (columns):
+    _cell: Tensor  # (*batch, N + M) long, flat cell of the edge to the parent
+    _sign: Tensor  # (*batch, N + M) int8: 1 for rows, -1 for columns, 0 for roots
+    _jumps: Tensor  # (*batch, h, N + M) long, ancestor 1, 2, 4, ... edges away
 
     @property
     def shape(self) -> tuple[int, int]:
         """Number of rows and of columns."""
         return int(self.allowed.shape[-2]), int(self.allowed.shape[-1])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The same with the slack: N and M."""
+        return int(self.cells.shape[-2]), int(self.cells.shape[-1])
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -96,8 +124,8 @@ class MatchingGraph:
             corner = scores[..., -1:, -1:]
             Z = (scores - scores[..., -1:]) - (scores[..., -1:, :] - corner)
             return torch.where(self.free, Z, 0)
-        scores = torch.where(self.support, scores, 0)
-        n, lead = self.shape[0], scores.shape[:-2]
+        (n, m), scores = self.shape, torch.where(self.support, scores, 0)
+        scores, lead = self.with_slack(scores, 0.0), scores.shape[:-2]
         # A node's shift is its edge's score less its parent's shift. With the sign
         # of columns turned that is a sum along the path to the root, and adding the
         # sum of the ancestor 1, 2, 4, ... edges away doubles the path that is done.
@@ -105,8 +133,24 @@ class MatchingGraph:
         shift = self._sign * scores.flatten(-2).gather(-1, index)
         for jump in self._jumps.unbind(-2):
             shift = shift + shift.gather(-1, jump.expand(shift.shape))
-        u, v = shift[..., :n, None], -shift[..., None, n:]
-        return torch.where(self.free, scores - u - v, 0)
+        u, v = shift[..., :n, None], -shift[..., None, self.size[0] :][..., :m]
+        return torch.where(self.free, scores[..., :n, :m] - u - v, 0)
+
+    def with_slack(
+        self,
+        x: Tensor,  # (*lead, n, m)
+        wire: float,
+    ) -> Tensor:  # (*lead, N, M)
+        """Values of pairs with those of slack beside them, zero, and that of the wire.
+
+        Unchanged where there is no slack.
+        """
+        if not self.has_slack:
+            return x
+        x = pad(x, (0, 1, 0, 1))
+        corner = x.new_zeros(self.size)
+        corner[-1, -1] = wire
+        return x + corner if wire else x
 
     def components(self) -> list[ComponentGroup]:
         """List the components of two or more rows, grouped by their size."""
@@ -136,7 +180,10 @@ class MatchingGraph:
         return self is other or (
             self.allowed.shape == other.allowed.shape
             and self.device == other.device
+            and self.has_slack == other.has_slack
             and torch.equal(self.allowed, other.allowed)
+            and torch.equal(self.free_rows, other.free_rows)
+            and torch.equal(self.free_columns, other.free_columns)
         )
 
     def __hash__(self) -> int:
@@ -147,10 +194,21 @@ class MatchingGraph:
         """Shape, batch, and the range of components and free cells over the batch."""
         components = _span(self.root.sum(-1).flatten().tolist())
         free = _span(self.dim.flatten().tolist())
+        rows, columns = (
+            _span(x.sum(-1).flatten().tolist()) for x in self.slack_cells()
+        )
+        slack = f", slack=({rows}, {columns})" if self.has_slack else ""
         return (
             f"MatchingGraph(shape={self.shape}, batch_shape={tuple(self.batch_shape)}, "
-            f"components={components}, free={free})"
+            f"components={components}, free={free}{slack})"
         )
+
+    def slack_cells(self) -> Free:
+        """Rows and columns that some matching leaves unmatched."""
+        n, m = self.shape
+        if not self.has_slack:
+            return torch.zeros_like(self.free_rows), torch.zeros_like(self.free_columns)
+        return self.cells[..., :n, m], self.cells[..., n, :m]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is cached, and the dead wrappers that torch.func leaves."""
@@ -171,25 +229,40 @@ class MatchingGraph:
 
     @cached_property
     def _components(self) -> list[ComponentGroup]:
-        n, m = self.shape
-        support = _array(self.support).reshape(-1, n, m)
+        n, m = self.size
+        cells = _array(self.cells).reshape(-1, n, m)
         row_component = _array(self.row_component).reshape(-1, n)
         column_component = _array(self.column_component).reshape(-1, m)
         # Number the components through the whole batch; sorting by that number puts
         # the rows of a component side by side, and its columns likewise.
-        first = n * np.arange(len(support))[:, None]
-        rows = np.argsort((first + row_component).ravel(), kind="stable")
-        columns = np.argsort((first + column_component).ravel(), kind="stable")
-        sizes = np.bincount((first + row_component).ravel())
-        starts = np.cumsum(sizes) - sizes
+        label = n * np.arange(len(cells))[:, None] + row_component
+        other = n * np.arange(len(cells))[:, None] + column_component
+        rows, columns = (np.argsort(x.ravel(), kind="stable") for x in (label, other))
+        heights, widths = (
+            np.bincount(x.ravel(), minlength=n * len(cells)) for x in (label, other)
+        )
+        # Nothing is undecided where a component is one pair, or has none.
+        height, width = self.shape
+        alone = cells.sum(-1, keepdims=True) == 1
+        alone = alone & (cells.sum(-2, keepdims=True) == 1)
+        pairs = (cells & ~alone)[:, :height, :width].any(-1)
+        undecided = np.bincount(label[:, :height][pairs], minlength=len(heights)) > 0
+        slack = np.zeros(len(heights), dtype=np.bool_)
+        if self.has_slack:
+            slack[label[:, -1]] = True
+        top, left = np.cumsum(heights) - heights, np.cumsum(widths) - widths
         groups = []
-        for size in np.unique(sizes[sizes > 1]).tolist():
-            members = starts[sizes == size, None] + np.arange(size)
-            element = rows[members[:, 0]] // n
-            i, j = rows[members] % n, columns[members] % m
-            mask = support[element[:, None, None], i[:, :, None], j[:, None, :]]
-            parts = (_tensor(part, self.device) for part in (element, i, j, mask))
-            groups.append(ComponentGroup(*parts))
+        kinds = np.stack([heights, widths, slack], -1)[undecided]
+        for height, width, kind in np.unique(kinds, axis=0).tolist():
+            chosen = undecided & (heights == height) & (widths == width)
+            chosen &= slack == bool(kind)
+            row = rows[top[chosen, None] + np.arange(height)]
+            column = columns[left[chosen, None] + np.arange(width)]
+            element, i, j = row[:, 0] // n, row % n, column % m
+            mask = cells[element[:, None, None], i[:, :, None], j[:, None, :]]
+            place = partial(_tensor, device=self.device)
+            group = place(element), place(i), place(j), place(mask), bool(kind)
+            groups.append(ComponentGroup(*group))
         return groups
 
 
@@ -197,24 +270,33 @@ def matching_graph(
     mask: Tensor | MatchingGraph | None,  # (*batch, n, m) bool
     shape: tuple[int, int],
     device: torch.device | str | None = None,
+    *,
+    unmatched: Free | None = None,  # (*batch, n) bool, (*batch, m) bool
 ) -> MatchingGraph:
     """Find out, once, what a mask allows.
 
-    A cell is kept if some perfect matching uses it (total support): with one perfect
-    matching at hand these are the cells whose row and column lie in one strongly
-    connected component of its alternating digraph (Dulmage and Mendelsohn, 1958).
-    Results are remembered by the content of the mask. All of it is exact.
+    Every row is matched to one column, and every column to one row if there are as
+    many; of more columns than rows some stay unmatched. ``unmatched`` says instead
+    which may. A row or column of which no pair is allowed is padding: it stays
+    unmatched, and is not counted. (Where the shape is square, padding has to be, too:
+    else one such row is an error.)
+
+    A cell is kept if some matching uses it (total support): with one at hand these are
+    the cells whose row and column lie in one strongly connected component of its
+    alternating digraph (Dulmage and Mendelsohn, 1958). Results are remembered by the
+    content of the mask. All of it is exact.
 
     Args:
         mask: Shape ``(*batch, n, m)``, True where a pair is allowed; None allows all
             pairs. A :class:`MatchingGraph` is returned as it is.
-        shape: The expected ``(n, m)``. Only ``n == m`` is possible.
+        shape: The expected ``(n, m)``.
         device: Where the result lives; by default where the mask is.
+        unmatched: Rows and columns that may stay unmatched, both of type bool.
 
     Raises:
         ValueError: If the mask is not of type bool or not of this shape, or if it has
-            no perfect matching: then the message names rows that have too few columns
-            between them, or columns that have too few rows (Hall, 1935).
+            no matching: then the message names rows that have too few columns between
+            them, or columns that have too few rows (Hall, 1935).
 
     Example:
         >>> mask = torch.ones(3, 3, dtype=torch.bool).tril()
@@ -227,30 +309,77 @@ def matching_graph(
                 [0, 0, 1]], dtype=torch.int32)
     """
     n, m = (int(size) for size in shape)
-    if n != m or n < 1:
-        raise ValueError(
-            f"expected as many rows as columns, and at least one, got {n} and {m}. "
-            "Every row is matched to one column and every column to one row."
-        )
-    if mask is None:
-        return _full(n, m, torch.device("cpu" if device is None else device))
+    if n < 1 or m < 1:
+        raise ValueError(f"expected at least one row and one column, got {n} and {m}.")
     if isinstance(mask, MatchingGraph):
+        if unmatched is not None:
+            raise ValueError(
+                "a MatchingGraph says itself what may stay unmatched: build it with "
+                "matching_graph(mask, shape, unmatched=...)."
+            )
         _check_shape(mask.allowed, n, m)
         if device is None or mask.device == torch.device(device):
             return mask
-        return matching_graph(mask.allowed, (n, m), device)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        free = (mask.free_rows, mask.free_columns) if mask.has_slack else None
+        return matching_graph(mask.allowed, (n, m), device, unmatched=free)
+    if n > m and unmatched is None:
+        raise ValueError(
+            f"expected no more rows than columns, got {n} and {m}: every row is "
+            "matched to a column of its own. Transpose the problem, or say what may "
+            "stay unmatched (unmatched=...)."
+        )
+    place = None if device is None else torch.device(device)
+    if mask is None:
+        place = torch.device("cpu") if place is None else place
+        if unmatched is None and n == m:
+            return _full(n, m, place)
+        allowed = np.ones((n, m), dtype=np.bool_)
+    elif not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"mask must be a bool tensor, True where a pair is allowed, got {given}. "
             "Convert it, for example with mask.bool()."
         )
-    _check_shape(mask, n, m)
-    place = mask.device if device is None else torch.device(device)
-    allowed = _array(mask)
-    if allowed.all():
-        return _full(n, m, place).expand(allowed.shape[:-2])
-    return _from_bits(np.packbits(allowed).tobytes(), allowed.shape, place)
+    else:
+        _check_shape(mask, n, m)
+        place = mask.device if place is None else place
+        allowed = _array(mask)
+    if unmatched is None:
+        return _from_bits(np.packbits(allowed).tobytes(), allowed.shape, None, place)
+    rows, columns = _checked_free(unmatched, (n, m), allowed)
+    lead = np.broadcast_shapes(allowed.shape[:-2], rows.shape[:-1], columns.shape[:-1])
+    shapes = (*lead, n, m), (*lead, n), (*lead, m)
+    allowed_bits, row_bits, column_bits = (
+        np.packbits(np.broadcast_to(x, shape)).tobytes()
+        for x, shape in zip((allowed, rows, columns), shapes, strict=True)
+    )
+    return _from_bits(allowed_bits, shapes[0], (row_bits, column_bits), place)
+
+
+def _checked_free(
+    unmatched: Free, shape: tuple[int, int], allowed: BoolArray
+) -> tuple[BoolArray, BoolArray]:
+    found = []
+    for free, size, name in zip(unmatched, shape, ("rows", "columns"), strict=True):
+        if (
+            not isinstance(free, Tensor)
+            or free.dtype != torch.bool
+            or free.shape[-1:] != (size,)
+        ):
+            raise ValueError(
+                f"unmatched {name} must be bool of shape (*batch, {size}), got "
+                f"{getattr(free, 'dtype', type(free).__name__)} of shape "
+                f"{tuple(getattr(free, 'shape', ()))}."
+            )
+        found.append(_array(free))
+    try:
+        np.broadcast_shapes(allowed.shape[:-2], *(x.shape[:-1] for x in found))
+    except ValueError:
+        raise ValueError(
+            f"unmatched of shapes {found[0].shape} and {found[1].shape} does not "
+            f"broadcast with a mask of shape {allowed.shape}."
+        ) from None
+    return found[0], found[1]
 
 
 def _check_shape(mask: Tensor, n: int, m: int) -> None:
@@ -262,16 +391,39 @@ def _check_shape(mask: Tensor, n: int, m: int) -> None:
 
 @lru_cache(maxsize=64)
 def _full(n: int, m: int, device: torch.device) -> MatchingGraph:
-    return _build(np.ones((n, m), dtype=np.bool_), device)
+    return _build(np.ones((n, m), dtype=np.bool_), None, device)
 
 
 @lru_cache(maxsize=64)
 def _from_bits(
-    bits: bytes, shape: tuple[int, ...], device: torch.device
+    bits: bytes,
+    shape: tuple[int, ...],
+    free: tuple[bytes, bytes] | None,
+    device: torch.device,
 ) -> MatchingGraph:
+    allowed = _bools(bits, shape)
+    if free is not None:
+        rows, columns = (
+            _bools(free[0], shape[:-1]),
+            _bools(free[1], (*shape[:-2], shape[-1])),
+        )
+        # What has no pair is padding, and as unmatched as it can be.
+        return _build(
+            allowed, (rows | ~allowed.any(-1), columns | ~allowed.any(-2)), device
+        )
+    n, m = shape[-2:]
+    if n == m and allowed.all():
+        return _full(n, m, device).expand(shape[:-2])
+    rows, columns = may_stay_unmatched(allowed)
+    if n == m and not rows.any():
+        return _build(allowed, None, device)
+    return _build(allowed, (rows, columns), device)
+
+
+def _bools(bits: bytes, shape: tuple[int, ...]) -> BoolArray:
     size = int(np.prod(shape))
-    allowed = np.unpackbits(np.frombuffer(bits, np.uint8), count=size)
-    return _build(allowed.reshape(shape).astype(np.bool_), device)
+    found = np.unpackbits(np.frombuffer(bits, np.uint8), count=size)
+    return found.reshape(shape).astype(np.bool_)
 
 
 def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -288,44 +440,56 @@ def _array(tensor: Tensor) -> NDArray[Any]:
         return np.array(tensor.tolist(), dtype=dtype).reshape(tensor.shape)
 
 
-def _build(allowed: BoolArray, device: torch.device) -> MatchingGraph:
+def _build(
+    allowed: BoolArray, free: tuple[BoolArray, BoolArray] | None, device: torch.device
+) -> MatchingGraph:
     batch, (n, m) = allowed.shape[:-2], allowed.shape[-2:]
+    slack = free is not None
     known: dict[bytes, MaskAnalysis] = {}
     each = []
     for index in np.ndindex(batch):
-        content = np.packbits(allowed[index]).tobytes()
+        one = None if free is None else (free[0][index], free[1][index])
+        parts = (allowed[index], *(one or ()))
+        content = b"".join(np.packbits(part).tobytes() for part in parts)
         if content not in known:
-            known[content] = analyse(allowed[index], index)
+            known[content] = analyse(allowed[index], one, index)
         each.append(known[content])
 
     def stack(name: str, *event: int) -> NDArray[Any]:
-        dtype = np.bool_ if name in ("support", "root") else np.int64
-        parts = [getattr(part, name) for part in each]
-        return np.array(parts, dtype=dtype).reshape(*batch, *event)
+        dtype = np.bool_ if name in ("cells", "root") else np.int64
+        found = [getattr(part, name) for part in each]
+        return np.array(found, dtype=dtype).reshape(*batch, *event)
 
-    support, root = stack("support", n, m), stack("root", m)
-    cell, parent = stack("cell", n + m), stack("parent", n + m)
-    sign = np.ones((*batch, n + m), dtype=np.int8)
-    sign[..., n:] = root.astype(np.int8) - 1
-    forest = np.zeros((*batch, n * m), dtype=np.bool_)
+    N, M = n + slack, m + slack
+    cells, root = stack("cells", N, M), stack("root", M)
+    cell, parent = stack("cell", N + M), stack("parent", N + M)
+    sign = np.ones((*batch, N + M), dtype=np.int8)
+    sign[..., N:] = root.astype(np.int8) - 1
+    forest = np.zeros((*batch, N * M), dtype=np.bool_)
     np.put_along_axis(forest, cell, True, -1)
-    forest = forest.reshape(support.shape)
-    free = support & ~forest
+    forest = forest.reshape(cells.shape)
+    support = cells[..., :n, :m]
+    pairs = support & ~forest[..., :n, :m]
     jumps: list[IntArray] = []
     depth = max((part.depth for part in each), default=1)
     while 2 ** len(jumps) < depth:
         jumps.append(parent)
         parent = np.take_along_axis(parent, parent, -1)
+    if free is None:
+        free = np.zeros((*batch, n), np.bool_), np.zeros((*batch, m), np.bool_)
     arrays = {
         "allowed": allowed,
-        "support": support,
+        "free_rows": free[0],
+        "free_columns": free[1],
+        "cells": cells,
         "matching": stack("matching", n),
         "forest": forest,
-        "row_component": stack("row_component", n),
-        "column_component": stack("column_component", m),
+        "row_component": stack("row_component", N),
+        "column_component": stack("column_component", M),
         "root": root,
-        "free": free,
-        "dim": free.sum((-2, -1)),
+        "support": support,
+        "free": pairs,
+        "dim": pairs.sum((-2, -1)),
         "row_counts": support.sum(-1),
         "column_counts": support.sum(-2),
         "_cell": cell,
@@ -335,7 +499,8 @@ def _build(allowed: BoolArray, device: torch.device) -> MatchingGraph:
         ),
     }
     tensors: dict[str, Any] = {k: _tensor(a, device) for k, a in arrays.items()}
-    return MatchingGraph(is_full=bool(allowed.all()), **tensors)
+    full = bool(allowed.all()) and not slack
+    return MatchingGraph(is_full=full, has_slack=slack, **tensors)
 
 
 def _span(counts: list[int]) -> str:

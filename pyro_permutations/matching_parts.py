@@ -25,11 +25,15 @@ _SMALLEST = 32
 
 
 class Part(NamedTuple):
-    """Components of one size and one kind, s >= 2 rows and s columns each."""
+    """Components of one size and one kind, s rows and t columns each.
+
+    With slack (see :class:`~pyro_permutations.matching_graph.MatchingGraph`) those of
+    the slack are the last; without it, s = t >= 2.
+    """
 
     element: Tensor  # (C,) long, flat index into the graph's batch
     rows: Tensor  # (C, s) long
-    columns: Tensor  # (C, s) long
+    columns: Tensor  # (C, t) long
     graph: MatchingGraph  # batch (C,), each of one component
     thin: bool
 
@@ -37,7 +41,7 @@ class Part(NamedTuple):
 def parts(graph: MatchingGraph) -> list[Part]:
     """The components of a graph, grouped by size and by whether they are thin.
 
-    A component is thin if some row or column of it has fewer than four cells.
+    A component without slack is thin if some row or column has fewer than four cells.
     """
     return _parts(graph, str(graph.device))
 
@@ -48,12 +52,12 @@ def falls_apart(graph: MatchingGraph) -> bool:
 
 
 def take(
-    x: Tensor,  # (a, b, n, n)
+    x: Tensor,  # (a, b, N, M)
     graph: MatchingGraph,  # batch of b elements
-) -> list[Tensor]:  # (a, C, s, s) for each part
+) -> list[Tensor]:  # (a, C, s, t) for each part
     """The cells of each part, read in one go: so is their gradient written."""
     packed = x.flatten(1).index_select(1, _cells(graph, str(graph.device)))
-    shapes = [part.graph.allowed.shape for part in parts(graph)]
+    shapes = [part.graph.cells.shape for part in parts(graph)]
     pieces = packed.split([shape.numel() for shape in shapes], 1)
     return [
         piece.reshape(-1, *shape) for piece, shape in zip(pieces, shapes, strict=True)
@@ -61,14 +65,28 @@ def take(
 
 
 def put(
-    x: Tensor,  # (a, b, n, n)
-    pieces: list[Tensor],  # (a, C, s, s) for each part
+    x: Tensor,  # (a, b, N, M)
+    pieces: list[Tensor],  # (a, C, s, t) for each part
     graph: MatchingGraph,
-) -> Tensor:  # (a, b, n, n)
+) -> Tensor:  # (a, b, N, M)
     """A copy of a tensor with the cells of each part in their places."""
     packed = torch.cat([piece.flatten(1) for piece in pieces], 1)
     cells = _cells(graph, str(graph.device))
     return x.flatten(1).index_copy(1, cells, packed).reshape(x.shape)
+
+
+def decided(graph: MatchingGraph) -> Tensor:  # (*batch, N, M)
+    """Cells that are in every matching, and in no part; the wire is not one of them."""
+    cells = graph.cells.clone().reshape(1, -1, *graph.size)
+    inside = [torch.zeros_like(part.graph.cells)[None] for part in parts(graph)]
+    cells = (
+        put(cells, inside, graph).reshape(graph.cells.shape)
+        if inside
+        else graph.cells.clone()
+    )
+    if graph.has_slack:
+        cells[..., -1, -1] = False
+    return cells
 
 
 def flattened(
@@ -85,11 +103,11 @@ def _parts(graph: MatchingGraph, device: str) -> list[Part]:
     found = []
     for group in graph.components():
         # Under torch.func transforms tensors have no storage, but arrays can be made.
-        arrays = [np.array(x.tolist()) for x in group]
+        arrays = [np.array(x.tolist()) for x in group[:4]]
         mask = arrays[-1]
-        size = mask.shape[-1]
+        height = mask.shape[-2]
         fewest = np.minimum(mask.sum(-1).min(-1), mask.sum(-2).min(-1))
-        thin = (fewest < _THIN) & (size > 4)
+        thin = (fewest < _THIN) & (height > 4) & (not group.slack)
         for kind in np.unique(thin).tolist():
             chosen = thin == kind
             # The list outlives the mode in which it was first asked for.
@@ -97,30 +115,40 @@ def _parts(graph: MatchingGraph, device: str) -> list[Part]:
                 element, rows, columns, cells = (
                     torch.from_numpy(x[chosen]).to(device) for x in arrays
                 )
-            inner = matching_graph(cells, (size, size))
+            inner = _inside(cells, group.slack)
             found.append(Part(element, rows, columns, inner, kind))
     return found
 
 
+def _inside(cells: Tensor, slack: bool) -> MatchingGraph:
+    height, width = cells.shape[-2:]
+    if not slack:
+        return matching_graph(cells, (height, width))
+    free = cells[:, :-1, -1], cells[:, -1, :-1]
+    shape = (height - 1, width - 1)
+    return matching_graph(cells[:, :-1, :-1], shape, unmatched=free)
+
+
 @lru_cache(maxsize=64)
 def _cells(graph: MatchingGraph, device: str) -> Tensor:
-    """Flat indices into (batch, n, n) of the cells of all parts, in their order."""
-    n = graph.shape[0]
+    """Flat indices into (batch, N, M) of the cells of all parts, in their order."""
+    n, m = graph.size
     found = [np.zeros(0, dtype=np.int64)]
     for part in _parts(graph, device):
         element, i, j = (
             np.array(x.tolist()) for x in (part.element, part.rows, part.columns)
         )
         row = element[:, None, None] * n + i[:, :, None]
-        found.append((row * n + j[:, None, :]).ravel())
+        found.append((row * m + j[:, None, :]).ravel())
     with torch.inference_mode(False):
         return torch.from_numpy(np.concatenate(found)).to(device)
 
 
 @lru_cache(maxsize=64)
 def _pays(graph: MatchingGraph, device: str) -> bool:
-    n = graph.shape[0]
+    n, m = graph.size
     if n < _SMALLEST:
         return False
-    apart = sum(p.rows.shape[0] * p.rows.shape[1] ** 3 for p in _parts(graph, device))
-    return apart < _WORTHWHILE * n**3 * math.prod(graph.batch_shape)
+    sizes = [part.graph.cells.shape for part in _parts(graph, device)]
+    apart = sum(C * s * t**2 for C, s, t in sizes)
+    return apart < _WORTHWHILE * n * m**2 * math.prod(graph.batch_shape)

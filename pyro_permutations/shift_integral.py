@@ -13,7 +13,7 @@ from pyro_permutations.matching_graph import MatchingGraph
 from pyro_permutations.matching_parts import flattened, parts, take
 from pyro_permutations.shift_integral_cubature import cubature
 from pyro_permutations.shift_integral_series import laplace_series
-from pyro_permutations.sinkhorn import log_sinkhorn
+from pyro_permutations.sinkhorn import log_scaling
 
 # Where the series fails, in thin components, those of at most so many rows are sampled.
 # In more dimensions points are too few.
@@ -21,7 +21,7 @@ _MOST_ROWS = 32
 
 
 def log_shift_integral(
-    scores: Tensor,  # (*lead, n, n)
+    scores: Tensor,  # (*lead, n, m)
     graph: MatchingGraph,
     *,
     samples: int = 0,
@@ -33,13 +33,16 @@ def log_shift_integral(
         \qquad g(x) = e^{x - e^x}
 
     over all row shifts u and over all column shifts v but one per connected component
-    of E. With M = X - Z this is the log density, at the contrasts Z, of the contrasts
-    of X + standard Gumbel noise. Adding a constant to a row or a column of M changes
-    nothing. Every connected component is integrated by itself:
+    of E; rows and columns that may stay unmatched have none. With M = X - Z this is
+    the log density, at the contrasts Z, of the contrasts of X + standard Gumbel noise.
+    Adding a constant to a row or a column of M that has a shift changes nothing. Every
+    connected component is integrated by itself:
 
     ==================== ============================================ =============
     rows                 method                                       error (nats)
     ==================== ============================================ =============
+    with slack           closed form: what may stay unmatched has no  1e-13
+                         shift, other shifts are Gamma integrals
     1                    the integral is one                          none
     2                    closed form                                  1e-13
     3, 4                 Gauss-Hermite; importance sampling where     1e-4
@@ -58,7 +61,7 @@ def log_shift_integral(
     (``benchmarks/density.py`` counts how often), and ``samples`` buys a better value.
 
     Args:
-        scores: M in float64, ``(*lead, n, n)``; entries outside the support of the
+        scores: M in float64, ``(*lead, n, m)``; entries outside the support of the
             graph are ignored.
         graph: What a mask allows; its batch broadcasts against the last dimensions of
             ``lead``.
@@ -81,15 +84,21 @@ def log_shift_integral(
     """
     n = graph.shape[-1]
     lead = torch.broadcast_shapes(scores.shape[:-2], graph.batch_shape)
-    scores = torch.where(graph.support, scores.double(), 0.0).expand(*lead, n, n)
+    scores = torch.where(graph.support, scores.double(), 0.0)
+    scores = scores.expand(*lead, *graph.shape)
     if graph.is_full and n > 1:
         log_q = _scaled(scores, graph) if n > 2 else scores
         return _component(scores, log_q, graph, False, samples)
     flat, graph = flattened(lead, graph)
-    scores = scores.reshape(*flat, n, n)
+    scores = scores.reshape(*flat, *graph.shape)
     value = scores[..., 0, 0] * 0  # what decided cells give: nothing, nor a gradient
     error = torch.zeros_like(value).detach()
-    for part, inside in zip(parts(graph), take(scores, graph), strict=True):
+    pieces = take(graph.with_slack(scores, 0.0), graph)
+    for part, inside in zip(parts(graph), pieces, strict=True):
+        if part.graph.has_slack:
+            v = _beside_slack(inside[..., :-1, :-1], part.graph)
+            value = value.index_add(1, part.element, v)
+            continue
         log_q = _scaled(inside, part.graph) if part.rows.shape[-1] > 2 else inside
         v, e = _component(inside, log_q, part.graph, part.thin, samples)
         value = value.index_add(1, part.element, v)
@@ -100,7 +109,41 @@ def log_shift_integral(
 def _scaled(scores: Tensor, graph: MatchingGraph) -> Tensor:
     """Scores shifted to rows and columns whose mean is one; the integral's mode."""
     counts = graph.row_counts.double(), graph.column_counts.double()
-    return log_sinkhorn(scores, mask=graph, marginals=counts)
+    return log_scaling(scores, graph, counts)
+
+
+def _beside_slack(
+    scores: Tensor,  # (*batch, s, t)
+    graph: MatchingGraph,  # one component with slack per element
+) -> Tensor:  # (*batch,)
+    """The same for a component with slack, whose scores are fixed: exact.
+
+    A row or column with slack has no shift to integrate over. The shift of another one
+    meets only such, and is a Gamma integral.
+    """
+    rows, columns = (x.double() for x in graph.slack_cells())
+    support = graph.support.double()
+    open_rows = support * (1 - rows)[..., :, None]
+    open_columns = support * (1 - columns)[..., None, :]
+    if bool((open_rows * open_columns).any()):
+        raise NotImplementedError(
+            "the density is not known where a row and a column that both have to be "
+            "matched are a pair of a component in which others may stay unmatched. "
+            "Give one of them a finite score for that: -20 for -inf is nearly the same."
+        )
+    # Of a density below exp(-exp(600)) no more need be known.
+    fixed = support * rows[..., :, None] * columns[..., None, :]
+    value = (fixed * (scores - scores.clamp_max(600.0).exp())).sum((-2, -1))
+    return value + _gamma(scores, open_rows) + _gamma(scores.mT, open_columns.mT)
+
+
+def _gamma(scores: Tensor, cells: Tensor) -> Tensor:
+    """Integrals over the shifts of rows, on cells (*batch, s, t) of zeros and ones."""
+    count = cells.sum(-1)
+    masked = torch.where(cells > 0, scores, -torch.inf)
+    masked = torch.where(count[..., None] > 0, masked, 0.0)
+    each = torch.lgamma(count.clamp_min(1)) - count * torch.logsumexp(masked, -1)
+    return ((cells * scores).sum(-1) + each).sum(-1)
 
 
 def _component(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -11,25 +12,26 @@ import torch
 from torch import Tensor
 
 from pyro_permutations.kernel_scaling import scale_kernel, solve_marginals
-from pyro_permutations.matching_graph import MatchingGraph
+from pyro_permutations.matching_graph import WIRE, MatchingGraph
 from pyro_permutations.matching_parts import falls_apart, flattened, parts, put, take
 from pyro_permutations.sinkhorn_arguments import LARGEST, NOT_FINITE, checked
 from pyro_permutations.sinkhorn_solvers import solve
 from pyro_permutations.spanning_trees import currents, to_front
+from pyro_permutations.unmatched_scores import Unmatched
 from pyro_permutations.warnings import ConvergenceWarning
 
-__all__ = ["log_sinkhorn", "sinkhorn"]
+__all__ = ["log_scaling", "log_sinkhorn", "log_sinkhorn_with_slack", "sinkhorn"]
 
 
 def log_sinkhorn(
-    logits: Tensor,  # (*batch, n, n)
+    logits: Tensor,  # (*batch, n, m)
     temperature: Tensor | float = 1.0,  # () or (*batch)
     *,
-    mask: Tensor | MatchingGraph | None = None,  # (*batch, n, n)
-    marginals: tuple[Tensor, Tensor] | None = None,  # (*batch, n), (*batch, n)
+    mask: Tensor | MatchingGraph | None = None,  # (*batch, n, m)
+    unmatched: Unmatched | None = None,  # (*batch, n), (*batch, m)
     tol: float | None = None,
-) -> Tensor:  # (*batch, n, n)
-    r"""Log of the matrix of given row and column sums that is nearest to the scores.
+) -> Tensor:  # (*batch, n, m)
+    r"""Log of the matrix of unit row and column sums that is nearest to the scores.
 
     .. math:: \log P_{ij} = X_{ij} / \tau + f_i + g_j, \quad
         \textstyle\sum_j P_{ij} = \sum_i P_{ij} = 1
@@ -39,17 +41,28 @@ def log_sinkhorn(
     f, g are converged relative to the mass that is left off the best matching, so that
     small entries have right logarithms too. All arithmetic is in float64.
 
+    What may stay unmatched has slack beside its pairs: columns if n < m, all that has a
+    finite score in ``unmatched``. With :math:`r_i` that of a row and :math:`s_j` that
+    of a column,
+
+    .. math:: \textstyle\sum_j P_{ij} + r_i = \sum_i P_{ij} + s_j = 1, \qquad
+        \log r_i = a_i / \tau + f_i, \quad \log s_j = b_j / \tau + g_j
+
+    with a and b the scores of being unmatched. (Where n < m the rows have none, and
+    the b_j are zero.)
+
     The gradient is that of the limit, from the implicit function theorem: one solve,
     whose memory does not depend on the number of steps. It can be differentiated
     again and mapped by ``torch.func.vmap``.
 
     Args:
         logits: Scores (log weights before they are divided by the temperature),
-            ``(*batch, n, n)``. ``-inf`` forbids a pair; NaN and ``inf`` raise.
+            ``(*batch, n, m)``. ``-inf`` forbids a pair; NaN and ``inf`` raise.
         temperature: Positive, a scalar or of batch shape.
         mask: Boolean, True where a pair is allowed; or what :func:`matching_graph`
             makes of it.
-        marginals: Row and column sums, ones by default. No gradient flows into them.
+        unmatched: Scores of unmatched rows and columns, numbers or tensors; ``-inf``
+            for those that have to be matched.
         tol: The largest error of a row or column sum that passes without a
             ``ConvergenceWarning``; 1e-6 by default. The logarithm needs more than the
             sums: Newton goes on until a step is below 3e-6, or ``sqrt(tol) / 10`` if
@@ -57,29 +70,31 @@ def log_sinkhorn(
 
     Returns:
         log P in the dtype of ``logits``, ``-inf`` on forbidden pairs and on those that
-        no perfect matching can use.
+        no matching can use.
 
     Raises:
         ValueError: If logits are NaN or ``inf``, the temperature is not positive and
-            finite, or the mask allows no perfect matching.
+            finite, the mask allows no matching, or n > m and nothing is said of
+            unmatched rows.
 
     Example:
         >>> log_sinkhorn(torch.tensor([[0.0, -1.0], [-3.0, 0.0]]), 0.01)
         tensor([[   0., -200.],
                 [-200.,    0.]])
     """
-    problem = checked(logits, temperature, mask, marginals, tol)
-    return _by_component(_LogSinkhorn, *problem).to(logits.dtype)
+    problem = checked(logits, temperature, mask, unmatched, tol)
+    log_P = _by_component(_LogSinkhorn, *problem)
+    return _pairs(log_P, logits).to(logits.dtype)
 
 
 def sinkhorn(
-    logits: Tensor,  # (*batch, n, n)
+    logits: Tensor,  # (*batch, n, m)
     temperature: Tensor | float = 1.0,  # () or (*batch)
     *,
-    mask: Tensor | MatchingGraph | None = None,  # (*batch, n, n)
-    marginals: tuple[Tensor, Tensor] | None = None,  # (*batch, n), (*batch, n)
+    mask: Tensor | MatchingGraph | None = None,  # (*batch, n, m)
+    unmatched: Unmatched | None = None,  # (*batch, n), (*batch, m)
     tol: float | None = None,
-) -> Tensor:  # (*batch, n, n)
+) -> Tensor:  # (*batch, n, m)
     r"""The Sinkhorn operator: a doubly stochastic matrix from scores.
 
     .. math:: P_{ij} = \exp(X_{ij} / \tau + f_i + g_j)
@@ -88,6 +103,7 @@ def sinkhorn(
     pairs are exactly zero. As the temperature falls it tends to :func:`matching`, the
     best permutation matrix. It stops where the sums are right, so that it takes less
     time than :func:`log_sinkhorn`, whose arguments it has and whose exponential it is.
+    What rows and columns lack to one is how much they are unmatched, where they may.
 
     References:
         Sinkhorn, "A relationship between arbitrary positive matrices and doubly
@@ -98,29 +114,60 @@ def sinkhorn(
         >>> sinkhorn(torch.zeros(2, 2))
         tensor([[0.5000, 0.5000],
                 [0.5000, 0.5000]])
+        >>> sinkhorn(torch.tensor([[5.0, 0.0], [-9.0, -9.0]]), unmatched=(0.0, 0.0))
+        tensor([[0.9152, 0.0392],
+                [0.0000, 0.0001]])
     """
-    problem = checked(logits, temperature, mask, marginals, tol)
-    return _by_component(_Sinkhorn, *problem).to(logits.dtype)
+    problem = checked(logits, temperature, mask, unmatched, tol)
+    return _pairs(_by_component(_Sinkhorn, *problem), logits).to(logits.dtype)
+
+
+def log_sinkhorn_with_slack(
+    logits: Tensor,  # (*batch, n, m) float64
+    temperature: Tensor | float,  # () or (*batch)
+    graph: MatchingGraph,
+) -> Tensor:  # (*batch, N, M)
+    """:func:`log_sinkhorn`, and beside it the logs of the slack where there is some."""
+    return _by_component(_LogSinkhorn, *checked(logits, temperature, graph, None, None))
+
+
+def log_scaling(
+    scores: Tensor,  # (*lead, N, M) float64
+    graph: MatchingGraph,
+    marginals: tuple[Tensor, Tensor] | None = None,  # (*batch, n), (*batch, m)
+) -> Tensor:  # (*lead, N, M)
+    """:func:`log_sinkhorn` of checked scores with slack beside them, and of any sums.
+
+    With slack (that of :meth:`MatchingGraph.with_slack`) sums are one. No gradient
+    flows into the sums; those of a component have to be possible.
+    """
+    return _by_component(_LogSinkhorn, scores, graph, marginals, 1e-6)
 
 
 def _by_component(
     solver: type[_LogSinkhorn] | type[_Sinkhorn],
-    scores: Tensor,  # (*lead, n, n)
+    scores: Tensor,  # (*lead, N, M)
     graph: MatchingGraph,
-    rows: Tensor,  # (*batch, n, 1)
-    columns: Tensor,  # (*batch, 1, n)
+    marginals: tuple[Tensor, Tensor] | None,  # (*batch, n), (*batch, m)
     tol: float,
-) -> Tensor:  # (*lead, n, n)
+) -> Tensor:  # (*lead, N, M)
     """Solve the whole, or its components one by one where that is less work."""
+    rows, columns = _sums(graph, marginals)
+    lead, shape = scores.shape[:-2], scores.shape[-2:]
+    for batch in (graph.batch_shape, rows.shape[:-2], columns.shape[:-2]):
+        lead = torch.broadcast_shapes(lead, batch)
+    scores = scores.expand(*lead, *shape)
     if not falls_apart(graph):
         return _solved(solver, scores, graph, rows, columns, tol)
-    lead, shape = scores.shape[:-2], scores.shape[-2:]
     flat, graph = flattened(lead, graph)
-    # A decided pair has what its row has to have.
-    single = (graph.row_counts == 1)[..., None] & graph.support
-    none, alone = (-torch.inf, rows.log()) if solver is _LogSinkhorn else (0.0, rows)
-    result = torch.where(single, alone, none).expand(*lead, *shape)
-    result = result.reshape(*flat, *shape)
+    # A decided pair has what its row has to have; so has the wire, and slack one.
+    alone, none = rows.log(), -torch.inf
+    if graph.has_slack:
+        alone = graph.with_slack(rows.new_zeros(graph.shape), WIRE)
+    if solver is _Sinkhorn:
+        alone, none = alone.exp(), 0.0
+    result = torch.where(graph.cells, alone, none)
+    result = result.expand(*lead, *shape).reshape(*flat, *shape)
     scores = scores.reshape(*flat, *shape)
     rows = rows.expand(*lead, *rows.shape[-2:]).reshape(*flat, -1)
     columns = columns.expand(*lead, *columns.shape[-2:]).reshape(*flat, -1)
@@ -135,6 +182,24 @@ def _by_component(
     return result.reshape(*lead, *shape)
 
 
+def _sums(
+    graph: MatchingGraph, marginals: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:  # (*batch, N, 1), (*batch, 1, M)
+    if marginals is not None:
+        return marginals[0][..., :, None], marginals[1][..., None, :]
+    N, M = graph.size
+    rows = torch.ones(N, 1, dtype=torch.float64, device=graph.device)
+    columns = torch.ones(1, M, dtype=torch.float64, device=graph.device)
+    if graph.has_slack:  # the row of the slack has the wire
+        rows[-1] = math.exp(WIRE)
+    return rows, columns
+
+
+def _pairs(P: Tensor, logits: Tensor) -> Tensor:
+    n, m = logits.shape[-2:]
+    return P[..., :n, :m]
+
+
 def _solved(
     solver: type[_LogSinkhorn] | type[_Sinkhorn],
     scores: Tensor,
@@ -143,9 +208,11 @@ def _solved(
     columns: Tensor,
     tol: float,
 ) -> Tensor:
-    support = None if graph.is_full else graph.support
+    support = None if graph.is_full else graph.cells
     root = graph.root[..., None, :]
-    result: Tensor = solver.apply(scores, support, root, rows, columns, tol)  # type: ignore[no-untyped-call]
+    result: Tensor = solver.apply(  # type: ignore[no-untyped-call]
+        scores, support, root, rows, columns, tol, graph.has_slack
+    )
     return result
 
 
@@ -160,10 +227,12 @@ class _LogSinkhorn(torch.autograd.Function):
         rows: Tensor,  # (*batch, n, 1)
         columns: Tensor,  # (*batch, 1, m)
         tol: float,
+        slack: bool,
     ) -> Tensor:
         x, r, c, roots = _flattened(scores, support, root, rows, columns)
         masked = support is not None
-        solution = solve(x, r[:, 0], c[:, 0], roots[:, 0], tol, masked)
+        sums = r[:, 0], c[:, 0]
+        solution = solve(x, *sums, roots[:, 0], tol, slack=slack, masked=masked)
         _warn(solution.residual, solution.iterations, tol)
         return solution.log_p.reshape(scores.shape)
 
@@ -177,7 +246,7 @@ class _LogSinkhorn(torch.autograd.Function):
         log_p, support, root = ctx.saved_tensors
         if support is not None:
             g = torch.where(support, g, 0.0)
-        return g - currents(log_p, g, root), None, None, None, None, None
+        return g - currents(log_p, g, root), *(None,) * 6
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
@@ -195,13 +264,16 @@ class _Sinkhorn(torch.autograd.Function):
         rows: Tensor,  # (*batch, n, 1)
         columns: Tensor,  # (*batch, 1, m)
         tol: float,
+        slack: bool,
     ) -> Tensor:
         x, r, c, roots = _flattened(scores, support, root, rows, columns)
         masked = support is not None
-        p, _, residual, iterations = scale_kernel(x, r, c, tol, masked)
+        p, _, residual, iterations = scale_kernel(
+            x, r, c, tol, slack=slack, masked=masked
+        )
         if not residual <= tol:
             log_p, residual, iterations = solve(
-                x, r[:, 0], c[:, 0], roots[:, 0], tol, masked
+                x, r[:, 0], c[:, 0], roots[:, 0], tol, slack=slack, masked=masked
             )
             _warn(residual, iterations, tol)
             p = log_p.exp()
@@ -209,6 +281,7 @@ class _Sinkhorn(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.slack = inputs[-1]
         ctx.save_for_backward(output, inputs[2])
 
     @staticmethod
@@ -218,12 +291,12 @@ class _Sinkhorn(torch.autograd.Function):
         if torch.is_grad_enabled():
             # To be differentiated again: entries that underflowed are taken as tiny.
             log_p = torch.where(p > 0, p, 1e-300).log()
-            return g - currents(log_p, g, root), None, None, None, None, None
+            return g - currents(log_p, g, root), *(None,) * 6
         n, m = p.shape[-2:]
         a, b = g.sum(-1).reshape(-1, 1, n), g.sum(-2).reshape(-1, 1, m)
-        x, y = solve_marginals(p.reshape(-1, n, m), a, b)
+        x, y = solve_marginals(p.reshape(-1, n, m), a, b, slack=ctx.slack)
         shifts = (x.mT + y).reshape(p.shape)
-        return g.addcmul_(p, shifts, value=-1), None, None, None, None, None
+        return g.addcmul_(p, shifts, value=-1), *(None,) * 6
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:

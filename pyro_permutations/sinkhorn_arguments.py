@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.unmatched_scores import Unmatched, relative_scores
 
 __all__ = ["LARGEST", "NOT_FINITE", "checked"]
 
@@ -25,55 +26,41 @@ def checked(
     logits: Tensor,
     temperature: Tensor | float,
     mask: Tensor | MatchingGraph | None,
-    marginals: tuple[Tensor, Tensor] | None,
+    unmatched: Unmatched | None,
     tol: float | None,
-) -> tuple[Tensor, MatchingGraph, Tensor, Tensor, float]:
-    """Scores over the temperature in float64, and what else the solvers take."""
+) -> tuple[Tensor, MatchingGraph, None, float]:
+    """Scores over the temperature in float64 with slack, and what else solvers take."""
     if (
         not isinstance(logits, Tensor)
         or logits.dim() < 2
         or not logits.is_floating_point()
     ):
         raise ValueError(
-            "logits must be a floating point tensor of shape (*batch, n, n), not "
+            "logits must be a floating point tensor of shape (*batch, n, m), not "
             f"{getattr(logits, 'dtype', type(logits).__name__)} of shape "
             f"{tuple(getattr(logits, 'shape', ()))}."
         )
     shape = (logits.shape[-2], logits.shape[-1])
-    if shape[0] != shape[1]:
-        raise ValueError(
-            f"logits must be square, but have shape {tuple(logits.shape)}: every row "
-            "is matched to one column and every column to one row."
-        )
-    scores = logits.double()
+    scores, free = relative_scores(logits.double(), unmatched)
     if _any(~torch.isfinite(scores.detach().sum())):
         forbidden = logits == -torch.inf
-        given = matching_graph(mask, shape, logits.device).allowed
+        given = torch.ones(shape, dtype=torch.bool, device=logits.device)
+        if isinstance(mask, MatchingGraph):
+            given = mask.allowed
+            free = (mask.free_rows, mask.free_columns) if mask.has_slack else free
+        elif mask is not None:
+            given = matching_graph(mask, shape, logits.device, unmatched=free).allowed
         mask = given & ~forbidden
         scores = torch.where(forbidden, 0.0, scores)
         if _any(~torch.isfinite(scores)):
             raise ValueError(NOT_FINITE)
-    graph = matching_graph(mask, shape, logits.device)
+    graph = matching_graph(mask, shape, logits.device, unmatched=free)
     scores = scores / _checked_temperature(temperature, scores)
-    lead = _common(scores.shape[:-2], graph.batch_shape, "mask")
-    rows = columns = torch.ones(shape[-1], dtype=torch.float64, device=graph.device)
-    if marginals is not None:
-        rows, columns = _checked_marginals(*marginals)
-        if rows.shape[-1:] + columns.shape[-1:] != torch.Size(shape):
-            raise ValueError(
-                f"marginals must be {shape[0]} row sums and {shape[1]} column sums, "
-                f"but have shapes {tuple(rows.shape)} and {tuple(columns.shape)}."
-            )
-        for sums in (rows, columns):
-            lead = _common(lead, sums.shape[:-1], "marginals")
-        if not graph.is_full:
-            _check_components(graph, rows, columns)
-    rows, columns = rows[..., :, None], columns[..., None, :]
-    scores = scores.expand(*lead, *shape)
+    _common(scores.shape[:-2], graph.batch_shape, "mask")
     tol = _TOLERANCE if tol is None else tol
     if not tol > 0:
         raise ValueError(f"tol must be positive, but is {tol}.")
-    return scores, graph, rows, columns, tol
+    return graph.with_slack(scores, 0.0), graph, None, tol
 
 
 def _common(batch: torch.Size, other: torch.Size, name: str) -> torch.Size:
@@ -92,37 +79,6 @@ def _any(condition: Tensor) -> bool:
         return bool(condition.any())
     except RuntimeError:  # under torch.func.vmap
         return False
-
-
-def _checked_marginals(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = rows.detach().double(), columns.detach().double()
-    totals = rows.sum(-1), columns.sum(-1)
-    if _any(~((rows > 0).all(-1) & (columns > 0).all(-1))):
-        raise ValueError("marginals must be positive row sums and column sums.")
-    if _any((totals[0] - totals[1]).abs() > 1e-9 * totals[0]):
-        raise ValueError(
-            f"marginals must have equal totals, but the row sums add up to {totals[0]} "
-            f"and the column sums to {totals[1]}."
-        )
-    return rows, columns
-
-
-def _check_components(graph: MatchingGraph, rows: Tensor, columns: Tensor) -> None:
-    """What has to hold within a component of the mask, since nothing crosses."""
-    totals = [
-        torch.zeros_like(sums.expand(component.shape)).scatter_add(
-            -1, component, sums.expand(component.shape)
-        )
-        for sums, component in (
-            (rows, graph.row_component),
-            (columns, graph.column_component),
-        )
-    ]
-    if _any((totals[0] - totals[1]).abs() > 1e-9 * totals[0].amax(-1, keepdim=True)):
-        raise ValueError(
-            "marginals are not possible with this mask: it falls apart into components "
-            "in which the row sums and the column sums do not add up to the same."
-        )
 
 
 def _checked_temperature(temperature: Tensor | float, scores: Tensor) -> Tensor | float:

@@ -4,15 +4,18 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_permutations.kernel_scaling import scale_kernel, spread
 from pyro_permutations.log_elimination import eliminate_in_logs
 from pyro_permutations.matching import best_assignments
+from pyro_permutations.matching_graph import WIRE
 from pyro_permutations.resistor_network import Network
 
 __all__ = ["Solution", "solve"]
@@ -52,6 +55,8 @@ def solve(
     columns: Tensor,  # (b, m)
     root: Tensor,  # (b, m)
     tol: float,
+    *,
+    slack: bool,
     masked: bool,
 ) -> Solution:
     """Scale exp(scores) to the given row and column sums, in float64.
@@ -59,19 +64,24 @@ def solve(
     The state is log P itself, with rows exact: dividing the temperature by two doubles
     it, up to a new balancing. Each stage balances it by Newton steps on the column
     potentials; the first stage is at a temperature where that converges from nothing.
+
+    With slack the last row and column are those of a matching graph: their corner, the
+    wire, has its weight at every temperature, and makes of the slack row one more row
+    whose sum is known. The slack column is a root, so that its sum is not asked for.
     """
     log_rows = rows.log()[..., None]
     # The first inverse temperature, 1 where the scores are mild.
-    deviation = spread(scores, scores == -torch.inf if masked else None)[:, 0, 0]
+    deviation = spread(scores, slack=slack, masked=masked)[:, 0, 0]
     scale = (_WARM * 1.6 / deviation.clamp_min(1e-300)).clamp_max(1.0)
-    log_p = scores * scale[:, None, None]
+    log_p = _wired(scores * scale[:, None, None], slack)
     sums = rows[:, None, :], columns[:, None, :]
-    _, potentials, _, iterations = scale_kernel(log_p, *sums, _WARM_TOLERANCE, masked)
-    log_p = _normalise_rows(log_p + potentials, log_rows)
+    warm = scale_kernel(log_p, *sums, _WARM_TOLERANCE, slack=slack, masked=masked)
+    log_p = _normalise_rows(log_p + warm.potentials, log_rows)
+    iterations = warm.iterations
     growth = 4.0 if scores.shape[-1] <= 48 else 2.0
     previous, previous_scale = log_p, torch.zeros_like(scale)
-    square = bool((rows == 1).all() and (columns == 1).all())
-    best = _BestMatching(scores) if square else None
+    square = slack or bool((rows == 1).all() and (columns == 1).all())
+    best = _BestMatching(scores, slack) if square else None
     while True:
         last = scale == 1
         target = torch.where(last, min(_LAST_STEP, tol**0.5 / 10), _STAGE_STEP)
@@ -84,9 +94,11 @@ def solve(
         larger = (scale * growth).clamp_max(1.0)
         larger = torch.where(larger > 0.7, 1.0, larger)
         ahead = _extrapolate(log_p, previous, scale, previous_scale, larger)
+        ahead = _wired(ahead, slack)
         previous, previous_scale = log_p, scale
         log_p, scale = _normalise_rows(ahead, log_rows), larger
     error = (log_p.exp().sum(-2) - columns).abs()
+    error = error[..., :-1] if slack else error
     residual = float(error.amax()) if error.numel() else 0.0
     # For other sums than one there are no flows to balance, only sums to get right.
     return Solution(log_p, max(residual, left if square else 0.0), iterations)
@@ -113,18 +125,33 @@ def _normalise_rows(x: Tensor, log_rows: Tensor) -> Tensor:
     return torch.log_softmax(x, -1) + log_rows
 
 
+def _wired(x: Tensor, slack: bool) -> Tensor:
+    if slack:
+        x[:, -1, -1] = WIRE
+    return x
+
+
 class _BestMatching:
     """The best matching of the scores, found when it is first asked for.
 
     Any matching may serve as the reference for flows; this one is where P tends to.
+    What is unmatched is matched to the slack, and the slack row to its column.
     """
 
-    def __init__(self, scores: Tensor) -> None:
-        self.scores = scores
+    def __init__(self, scores: Tensor, slack: bool) -> None:
+        self.scores, self.slack = scores, slack
 
     @cached_property
     def indices(self) -> Tensor:  # (b, n)
-        found = best_assignments(self.scores.cpu().numpy())
+        scores = self.scores.cpu().numpy()
+        if self.slack:
+            free = scores[:, :-1, -1] > -np.inf, scores[:, -1, :-1] > -np.inf
+            found = best_assignments(scores[:, :-1, :-1], free)
+            last = scores.shape[-1] - 1
+            found = np.pad(found, ((0, 0), (0, 1)), constant_values=-1)
+            found = np.where(found < 0, last, found)
+        else:
+            found = best_assignments(scores)
         return torch.from_numpy(found).to(self.scores.device)
 
 
@@ -181,21 +208,20 @@ def _balancing_step(
     ones. What the clusters of a near-permutation exchange among themselves cancels pair
     by pair in :meth:`Network.differences`.
     """
-    p = network.p
-    matching = p.argmax(-1)
-    order = matching.argsort(-1)
-    columns = torch.arange(p.shape[-1], device=p.device)
-    decided = (matching.gather(-1, order) == columns).all(-1)
-    weak = (network.conductances.sum(-1).masked_fill(network.root, 1.0) < 1e-6).any(-1)
+    slack, unit = best.slack, (-network.log_scale).exp()[:, None]
+    matching = network.p.argmax(-1)
+    decided = _owners(network, matching, slack)[1]
+    ties = network.conductances.sum(-1) / unit
+    weak = (ties.masked_fill(network.root, 1.0) < 1e-6).any(-1)
     ask = weak & ~decided
     if bool(ask.any()):
         matching = torch.where(ask[:, None], best.indices[active], matching)
-        order = matching.argsort(-1)
     # Undecided but nowhere weak: one less the column sum is as good.
-    source = _imbalance(p, order)
+    source = _imbalance(network, matching, slack)
+    sums = _column_sums(network, slack)
     flows = (decided | ask)[:, None]
-    b = torch.where(flows, source.sum(-1), 1 - p.sum(-2))
-    summed = torch.where(flows, source.abs().sum(-1), 1 + p.sum(-2))
+    b = torch.where(flows, source.sum(-1), (1 - sums) * unit)
+    summed = torch.where(flows, source.abs().sum(-1), (1 + sums) * unit)
     factor, scale, accurate = network.cholesky(tolerance)
     accurate &= _resolves(network, factor, scale, summed, tolerance)
     h = network.potentials(factor, scale, b)[..., 0]
@@ -206,12 +232,38 @@ def _balancing_step(
         if bool(other.any()):
             pi = torch.where(other[:, None], best.indices[active[index]], pi)
         if extreme:
-            better = _extreme_step(part, pi)
+            better = _extreme_step(part, pi, slack)
         else:
-            differences = part.differences(_imbalance(part.p, pi.argsort(-1)))
+            differences = part.differences(_imbalance(part, pi, slack))
             better = differences.mT.gather(1, pi[..., None].expand_as(part.p))
         move = move.index_copy(0, index, better)
     return move
+
+
+def _owners(
+    network: Network, matching: Tensor, slack: bool
+) -> tuple[Tensor, Tensor]:  # (b, m), (b,)
+    """The row of each column, and whether no column has two rows or none.
+
+    With slack a column without a row has that of the slack, if it may.
+    """
+    n, m = network.p.shape[-2:]
+    rows = torch.arange(n, device=matching.device).expand_as(matching)
+    ones = torch.ones_like(matching)
+    count = matching.new_zeros(len(matching), m).scatter_add_(-1, matching, ones)
+    owner = matching.new_full((len(matching), m), n - 1)
+    owner.scatter_(-1, matching, rows)
+    if not slack:
+        return owner, (count == 1).all(-1)
+    owner[:, -1] = n - 1
+    left = (count == 0) & (network.log_weights[:, -1] > -torch.inf)
+    return owner, ((count == 1) | left)[:, :-1].all(-1)
+
+
+def _column_sums(network: Network, slack: bool) -> Tensor:
+    if not slack:
+        return network.p.sum(-2)
+    return network.p[:, :-1].sum(-2) + math.exp(WIRE) * network.p[:, -1]
 
 
 def _resolves(
@@ -226,19 +278,36 @@ def _resolves(
     return noise < torch.where(tolerance == _EXACT, _ROUNDED, _ROUGH)
 
 
-def _extreme_step(network: Network, matching: Tensor) -> Tensor:
+def _extreme_step(network: Network, matching: Tensor, slack: bool) -> Tensor:
     """The same from logarithms: the step carries off the flow of the matching."""
     log_p, pi = network.log_weights, matching[..., None]
     change = torch.zeros_like(log_p)
     change.scatter_(-1, pi, (-log_p.gather(-1, pi)).exp())
+    if slack:
+        # To each column without a row a unit comes from the slack, over the wire.
+        owner, _ = _owners(network, matching, slack)
+        unmatched = owner == log_p.shape[-2] - 1
+        flow = torch.where(unmatched, (-log_p[:, -1]).exp(), 0.0)
+        flow[:, -1] = 1.0
+        change[:, -1] = flow
     moved = eliminate_in_logs(log_p, network.root, change)[1]
     return moved - moved.gather(-1, pi)
 
 
-def _imbalance(p: Tensor, order: Tensor) -> Tensor:
-    """F_jk - F_kj, where F_jk is the flow from j to k: p in the row matched to j."""
-    flow = p.gather(1, order[..., None].expand_as(p))
-    return flow - flow.mT
+def _imbalance(network: Network, matching: Tensor, slack: bool) -> Tensor:
+    """F_jk - F_kj, where F_jk is the flow from j to k: p in the row matched to j.
+
+    All that is matched to the slack flows out of the slack column. In the unit of the
+    network's conductances.
+    """
+    p = network.p
+    owner, _ = _owners(network, matching, slack)
+    flow = p.gather(1, owner[..., None].expand(*owner.shape, p.shape[-1]))
+    if slack:
+        weight = (matching == p.shape[-1] - 1).to(p.dtype)
+        weight[:, -1] = math.exp(WIRE)
+        flow[:, -1] = (weight[:, None, :] @ p)[:, 0]
+    return (flow - flow.mT) * (-network.log_scale).exp()[:, None, None]
 
 
 def _filling_step(network: Network, columns: Tensor, tolerance: Tensor) -> Tensor:

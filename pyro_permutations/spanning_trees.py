@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
-from pyro_permutations.matching_parts import falls_apart, flattened, parts, take
+from pyro_permutations.matching_parts import (
+    decided,
+    falls_apart,
+    flattened,
+    parts,
+    take,
+)
 from pyro_permutations.resistor_network import Network
 
 __all__ = ["currents", "log_spanning_trees", "response", "to_front"]
@@ -36,7 +42,9 @@ def log_spanning_trees(
     Args:
         log_weights: Log weights, ``(*batch, n, m)``; entries outside the graph's
             support are ignored.
-        graph: What a mask allows; ``None`` is the complete bipartite graph.
+        graph: What a mask allows; ``None`` is the complete bipartite graph. With slack
+            there are weights for it, too, ``(*batch, N, M)``; the wire is part of every
+            tree, and its weight is not counted.
 
     Returns:
         The logarithm in float64, ``(*batch,)``.
@@ -46,17 +54,17 @@ def log_spanning_trees(
         tensor(4.0000, dtype=torch.float64)
     """
     shape = (log_weights.shape[-2], log_weights.shape[-1])
-    graph = matching_graph(graph, shape, log_weights.device)
+    if graph is None:
+        graph = matching_graph(graph, shape, log_weights.device)
     log_weights = log_weights.double()
     if not graph.is_full:
-        log_weights = torch.where(graph.support, log_weights, -torch.inf)
+        log_weights = torch.where(graph.cells, log_weights, -torch.inf)
     if not falls_apart(graph):
         return _log_trees(log_weights, graph)
     # A forest is a tree in each component; that of a decided pair is its one edge.
     lead = torch.Size(torch.broadcast_shapes(log_weights.shape[:-2], graph.batch_shape))
     flat, graph = flattened(lead, graph)
-    single = (graph.row_counts == 1)[..., None] & graph.support
-    total = torch.where(single, log_weights, 0.0).sum((-2, -1)).expand(lead)
+    total = torch.where(decided(graph), log_weights, 0.0).sum((-2, -1)).expand(lead)
     total = total.reshape(flat)
     log_weights = log_weights.expand(*lead, *shape).reshape(*flat, *shape)
     pieces = take(log_weights, graph)
@@ -67,8 +75,9 @@ def log_spanning_trees(
 
 def _log_trees(log_weights: Tensor, graph: MatchingGraph) -> Tensor:
     root = graph.root[..., None, :]
+    log_trees: Tensor
     log_trees, _ = _SpanningTrees.apply(log_weights, root)  # type: ignore[no-untyped-call]
-    return log_trees  # type: ignore[no-any-return]
+    return log_trees - log_weights[..., -1, -1] if graph.has_slack else log_trees
 
 
 def currents(

@@ -30,7 +30,12 @@ from torch.distributions.constraints import independent, real
 from torch.distributions.transforms import ComposeTransform, Transform
 from torch.nn.functional import pad
 
-from pyro_permutations.carried_log import carry_log, log_and_lost, log_of
+from pyro_permutations.carried_log import (
+    carry_log,
+    log_of,
+    log_with_slack,
+    warn_if_lost,
+)
 from pyro_permutations.constraints import (
     contrasts,
     doubly_stochastic,
@@ -39,7 +44,7 @@ from pyro_permutations.constraints import (
 )
 from pyro_permutations.matching import matching
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
-from pyro_permutations.sinkhorn import log_sinkhorn
+from pyro_permutations.sinkhorn import log_sinkhorn_with_slack
 from pyro_permutations.spanning_trees import log_spanning_trees
 
 Mask = Tensor | MatchingGraph | None
@@ -57,7 +62,7 @@ class SinkhornTransform(Transform):
     forbidden cells.
 
     Args:
-        mask: Shape ``(*batch, n, n)``, bool, True where a pair is allowed, or a
+        mask: Shape ``(*batch, n, m)``, bool, True where a pair is allowed, or a
             :class:`~pyro_permutations.matching_graph.MatchingGraph`.
         cache_size: As in torch: 0, or 1 to remember the last pair.
 
@@ -88,13 +93,14 @@ class SinkhornTransform(Transform):
 
     def _call(self, x: Tensor) -> Tensor:
         graph = _graph(self.graph, x)
-        return _with_log(log_sinkhorn(x.double(), mask=graph), x.dtype)
+        log_P = log_sinkhorn_with_slack(x.double(), 1.0, graph)
+        return _with_log(log_P, graph, x.dtype)
 
     def _inverse(self, y: Tensor) -> Tensor:
         graph = _graph(self.graph, y)
         # No warning where the log is lost: the scores are a starting point, no density.
-        log_P, _ = log_and_lost(y, graph)
-        return torch.where(graph.support, log_P, 0).to(y.dtype)
+        log_P, _ = log_with_slack(y, graph)
+        return _relative(log_P, graph).to(y.dtype)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """Shape of P for a shape of X: batches of masks broadcast."""
@@ -124,7 +130,7 @@ class BirkhoffTransform(Transform):
 
     Args:
         temperature: Positive; a number, or a tensor of batch shape.
-        mask: Shape ``(*batch, n, n)``, bool, True where a pair is allowed, or a
+        mask: Shape ``(*batch, n, m)``, bool, True where a pair is allowed, or a
             :class:`~pyro_permutations.matching_graph.MatchingGraph`.
         cache_size: As in torch: 0, or 1 to remember the last pair.
 
@@ -181,37 +187,41 @@ class BirkhoffTransform(Transform):
 
     def _call(self, x: Tensor) -> Tensor:
         graph = _graph(self.graph, x)
-        return _with_log(log_sinkhorn(x.double(), self._tau(x), mask=graph), x.dtype)
+        log_P = log_sinkhorn_with_slack(x.double(), self._tau(x), graph)
+        return _with_log(log_P, graph, x.dtype)
 
     def _inverse(self, y: Tensor) -> Tensor:
         graph = _graph(self.graph, y)
-        return graph.contrasts(self.scores(log_of(y, graph))).to(y.dtype)
+        log_P = log_cells(y, graph)
+        return graph.contrasts(self.scores(log_P, graph)).to(y.dtype)
 
     def log_abs_det_jacobian(
         self,
-        x: Tensor,  # (*lead, n, n)
-        y: Tensor,  # (*lead, n, n)
+        x: Tensor,  # (*lead, n, m)
+        y: Tensor,  # (*lead, n, m)
     ) -> Tensor:  # (*lead,)
         """The log of the volume change, with respect to the free cells."""
-        return self.log_volume(log_of(y, _graph(self.graph, y))).to(y.dtype)
+        graph = _graph(self.graph, y)
+        return self.log_volume(log_cells(y, graph), graph).to(y.dtype)
 
     def scores(
         self,
-        log_P: Tensor,  # (*lead, n, n) float64
-    ) -> Tensor:  # (*lead, n, n) float64
+        log_P: Tensor,  # (*lead, N, M) float64
+        graph: MatchingGraph,
+    ) -> Tensor:  # (*lead, n, m) float64
         """Scores, up to row and column shifts, of which P is the image."""
-        graph = _graph(self.graph, log_P)
-        # Zero in place of -inf before the product: 0 * -inf is NaN.
-        finite = torch.where(graph.support, log_P, 0)
-        return self._tau(log_P)[..., None, None] * finite
+        return self._tau(log_P)[..., None, None] * _relative(log_P, graph)
 
     def log_volume(
         self,
-        log_P: Tensor,  # (*lead, n, n) float64
+        log_P: Tensor,  # (*lead, N, M) float64
+        graph: MatchingGraph,
     ) -> Tensor:  # (*lead,) float64
         """The same from log P, in its precision."""
-        graph = _graph(self.graph, log_P)
-        total = torch.where(graph.support, log_P, 0).sum((-2, -1))
+        finite = torch.where(graph.cells, log_P, 0)
+        total = finite.sum((-2, -1))
+        if graph.has_slack:
+            total = total - finite[..., -1, -1]  # the wire is no cell
         scale = graph.dim * self._tau(log_P).log()
         return total - log_spanning_trees(log_P, graph) - scale
 
@@ -238,7 +248,7 @@ class ContrastsTransform(Transform):
     with a mask it is the free cells of its graph, in the same order.
 
     Args:
-        mask: Shape ``(*batch, n, n)``, bool, True where a pair is allowed, or a
+        mask: Shape ``(*batch, n, m)``, bool, True where a pair is allowed, or a
             :class:`~pyro_permutations.matching_graph.MatchingGraph`. The free cells of
             batch elements may differ in place, but not in number.
         cache_size: As in torch: 0, or 1 to remember the last pair.
@@ -307,7 +317,7 @@ class ContrastsTransform(Transform):
     def log_abs_det_jacobian(
         self,
         x: Tensor,  # (*lead, dim)
-        y: Tensor,  # (*lead, n, n)
+        y: Tensor,  # (*lead, n, m)
     ) -> Tensor:  # (*lead,)
         """Zero: cells are copied."""
         return y.new_zeros(y.shape[:-2])
@@ -335,9 +345,9 @@ class ContrastsTransform(Transform):
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
         """Shape of the vector for a shape of Z."""
-        _check_square(shape)
         graph = self.graph
         if graph is None:
+            _check_matrices(shape)
             return torch.Size((*shape[:-2], (shape[-2] - 1) * (shape[-1] - 1)))
         lead = torch.broadcast_shapes(shape[:-2], graph.batch_shape)
         return torch.Size((*lead, self._dim))
@@ -351,7 +361,7 @@ class HardenTransform(Transform):
     relaxed value. A permutation matrix that carries no log is its own inverse.
 
     Args:
-        mask: Shape ``(*batch, n, n)``, bool, True where a pair is allowed, or a
+        mask: Shape ``(*batch, n, m)``, bool, True where a pair is allowed, or a
             :class:`~pyro_permutations.matching_graph.MatchingGraph`.
         cache_size: As in torch: 0, or 1 to remember the last pair.
 
@@ -388,19 +398,20 @@ class HardenTransform(Transform):
 
     def _call(self, x: Tensor) -> Tensor:
         graph = _graph(self.graph, x)
-        log_P = log_of(x, graph)
+        log_P = log_cells(x, graph)
         # Of log P, not of P: that is the matching of the scores, M(X + noise).
-        hard = matching(log_P, mask=graph).to(x.dtype)
+        hard = matching(_relative(log_P, graph), mask=graph).to(x.dtype)
         # In this order the bracket is exactly zero, and the sum exactly 0 or 1.
         return carry_log(hard + (x - x.detach()), log_P)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return _with_log(log_of(y, _graph(self.graph, y)), y.dtype)
+        graph = _graph(self.graph, y)
+        return _with_log(log_cells(y, graph), graph, y.dtype)
 
     def log_abs_det_jacobian(
         self,
-        x: Tensor,  # (*lead, n, n)
-        y: Tensor,  # (*lead, n, n)
+        x: Tensor,  # (*lead, n, m)
+        y: Tensor,  # (*lead, n, m)
     ) -> Tensor:  # (*lead,)
         """Zero: the density is that of the relaxed value."""
         return y.new_zeros(y.shape[:-2])
@@ -446,8 +457,31 @@ def _check_temperature(temperature: Tensor) -> None:
         )
 
 
-def _with_log(log_P: Tensor, dtype: torch.dtype) -> Tensor:
-    return carry_log(log_P.exp().to(dtype), log_P)
+def log_cells(
+    P: Tensor,  # (*lead, n, m)
+    graph: MatchingGraph,
+) -> Tensor:  # (*lead, N, M) float64
+    """:func:`log_of` with the logs of the slack beside it, where there is some."""
+    log_P, lost = log_with_slack(P, graph)
+    warn_if_lost(lost)
+    return log_P
+
+
+def _relative(log_P: Tensor, graph: MatchingGraph) -> Tensor:
+    """Log P on pairs, less the slack of their rows and columns; zero elsewhere.
+
+    Zero in place of -inf before any product or difference: those would be NaN.
+    """
+    finite = torch.where(graph.cells, log_P, 0)
+    if not graph.has_slack:
+        return finite
+    pairs = finite[..., :-1, :-1] - finite[..., :-1, -1:] - finite[..., -1:, :-1]
+    return torch.where(graph.support, pairs, 0)
+
+
+def _with_log(log_P: Tensor, graph: MatchingGraph, dtype: torch.dtype) -> Tensor:
+    n, m = graph.shape
+    return carry_log(log_P[..., :n, :m].exp().to(dtype), log_P)
 
 
 def _graph(graph: MatchingGraph | None, value: Tensor) -> MatchingGraph:
@@ -457,15 +491,22 @@ def _graph(graph: MatchingGraph | None, value: Tensor) -> MatchingGraph:
 def _broadcast(
     shape: torch.Size, graph: MatchingGraph | None, *batch: torch.Size
 ) -> torch.Size:
-    _check_square(shape)
+    if graph is None:
+        _check_matrices(shape)
+    elif len(shape) < 2:
+        raise ValueError(f"expected a shape (*batch, n, m), got {tuple(shape)}.")
     masks = [] if graph is None else [graph.batch_shape]
     lead = torch.broadcast_shapes(shape[:-2], *masks, *batch)
     return torch.Size(lead + shape[-2:])
 
 
-def _check_square(shape: torch.Size) -> None:
-    if len(shape) < 2 or shape[-1] != shape[-2]:
-        raise ValueError(f"expected a shape (*batch, n, n), got {tuple(shape)}.")
+def _check_matrices(shape: torch.Size) -> None:
+    if len(shape) < 2 or shape[-1] < shape[-2]:
+        raise ValueError(
+            "expected a shape (*batch, n, m) with no more rows than columns, got "
+            f"{tuple(shape)}. With more rows, pass a mask that says what may stay "
+            "unmatched."
+        )
 
 
 def _contrasts_for(constraint: Any) -> ContrastsTransform:

@@ -72,13 +72,9 @@ def test_nan_and_infinity_are_rejected(constraint) -> None:
 
 @pytest.mark.parametrize("constraint", ALL)
 def test_wrong_shapes_are_rejected(constraint) -> None:
-    """Rectangular values: False or a clear error, never True."""
-    for value in (torch.full((3, 5), 0.2), torch.full((5, 3), 0.2), torch.eye(3)[:2]):
-        try:
-            answer = constraint.check(value)
-        except ValueError:
-            continue
-        assert not answer.any()
+    """More rows than columns, or columns with more than one: never True."""
+    for value in (torch.full((5, 3), 0.2), torch.eye(3)[:, :2], torch.ones(2, 3) / 1.5):
+        assert not constraint.check(value).any()
 
 
 @pytest.mark.parametrize("constraint", ALL)

@@ -21,6 +21,7 @@ LAYERS = [
     ("warnings", NUMERICS),
     ("mask_analysis", NUMERICS),
     ("matching_graph", NUMERICS),
+    ("unmatched_scores", NUMERICS),
     ("matching_parts", NUMERICS),
     ("log_elimination", NUMERICS),
     ("resistor_network", NUMERICS),

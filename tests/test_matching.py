@@ -154,9 +154,11 @@ def test_trace_follows_its_input():
 
 
 def test_operator_is_registered_as_torch_expects():
-    torch.library.opcheck(
-        torch.ops.pyro_permutations.matching.default, (torch.randn(2, 3, 3),)
-    )
+    rows, columns = torch.ones(2, 3).bool(), torch.ones(2, 3).bool()
+    for free in ((None, None), (rows, columns)):
+        torch.library.opcheck(
+            torch.ops.pyro_permutations.matching.default, (torch.randn(2, 3, 3), *free)
+        )
 
 
 # Errors
@@ -188,10 +190,16 @@ def test_infeasible_pairs_are_named():
         matching(logits, mask=torch.tensor([[False, True], [True, False]]))
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 3), (0, 0), (2, 0, 0)])
-def test_logits_must_be_square(shape):
-    with pytest.raises(ValueError, match=r"logits must have shape \(\*batch, n, n\)"):
+@pytest.mark.parametrize("shape", [(3,), (0, 0), (2, 0, 0), (2, 0, 3)])
+def test_logits_must_be_matrices(shape):
+    with pytest.raises(ValueError, match=r"logits must have shape \(\*batch, n, m\)"):
         matching(torch.zeros(shape))
+
+
+def test_more_rows_than_columns_need_a_score():
+    with pytest.raises(ValueError, match=r"no more rows than columns.*unmatched"):
+        matching(torch.zeros(3, 2))
+    assert matching(torch.ones(3, 2), unmatched=(0.0, 0.0)).sum() == 2
 
 
 def test_mask_must_fit():
@@ -248,13 +256,12 @@ def test_straight_through_values_count_as_permutations(dtype):
     [
         torch.full((2, 2), 0.5),
         torch.tensor([[0.9, 0.1], [0.1, 0.9]]),
-        torch.zeros(2, 2),
         torch.ones(2, 2),
         torch.tensor([[1.0, 0.0], [1.0, 0.0]]),
         torch.tensor([[1.0, 1.0], [0.0, 0.0]]),
         torch.tensor([[2.0, -1.0], [-1.0, 2.0]]),
         torch.tensor([[1.0, torch.nan], [0.0, 1.0]]),
-        torch.stack([torch.eye(2), torch.zeros(2, 2)]),
+        torch.stack([torch.eye(2), torch.ones(2, 2)]),
         torch.tensor([[2, 0], [0, 1]]),
         torch.tensor([[True, False], [True, False]]),
     ],
@@ -264,9 +271,9 @@ def test_other_matrices_are_refused(P):
         to_indices(P)
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 3), (0, 0)])
-def test_matrices_must_be_square(shape):
-    with pytest.raises(ValueError, match=r"shape \(\*batch, n, n\)"):
+@pytest.mark.parametrize("shape", [(3,), (0, 0)])
+def test_values_must_be_matrices(shape):
+    with pytest.raises(ValueError, match=r"shape \(\*batch, n, m\)"):
         to_indices(torch.zeros(shape))
 
 
@@ -275,12 +282,14 @@ def test_matrices_must_be_square(shape):
     [
         torch.tensor([0, 0, 1]),
         torch.tensor([1, 2, 3]),
-        torch.tensor([-1, 0, 1]),
+        torch.tensor([-2, 0, 1]),
         torch.tensor([[0, 1], [1, 1]]),
     ],
 )
 def test_other_indices_are_refused(perm):
-    with pytest.raises(ValueError, match=r"perm must hold each of 0\.\.\d once"):
+    with pytest.raises(
+        ValueError, match=r"perm must hold each of 0\.\.\d at most once"
+    ):
         to_matrix(perm)
 
 

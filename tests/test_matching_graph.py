@@ -88,13 +88,18 @@ def test_analysis_agrees_with_enumeration(n, density):
 def test_all_masks_of_three_rows():
     for cells in itertools.product([False, True], repeat=9):
         mask = torch.tensor(cells).reshape(3, 3)
-        if len(oracles.perfect_matchings(mask)) == 0:
-            with pytest.raises(ValueError, match="no perfect matching"):
+        rows, columns = mask.any(-1), mask.any(-2)
+        padded = rows.sum() == columns.sum() > 0  # the rest is a problem of its own
+        inner = mask[rows][:, columns] if padded else mask
+        if len(oracles.perfect_matchings(inner)) == 0:
+            with pytest.raises(ValueError, match="matching"):
                 matching_graph(mask, (3, 3))
         else:
             graph = matching_graph(mask, (3, 3))
-            assert torch.equal(graph.support, oracles.total_support(mask))
-            assert_spanning_forest(graph.forest, graph.support)
+            support = torch.zeros_like(mask)
+            support[rows[:, None] & columns] = oracles.total_support(inner).flatten()
+            assert torch.equal(graph.support, support)
+            assert_spanning_forest(graph.forest, graph.cells)
 
 
 def test_triangular_mask_leaves_the_identity():
@@ -170,6 +175,7 @@ def test_long_hall_sets_are_shortened():
 def test_hall_set_is_violated():
     masks = torch.rand(40, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.2
     masks = [mask for mask in masks if len(oracles.perfect_matchings(mask)) == 0]
+    masks = [mask for mask in masks if mask.any(-1).sum() != mask.any(-2).sum()]
     assert len(masks) > 20
     for mask in masks:
         with pytest.raises(ValueError, match="no perfect matching") as caught:
@@ -310,7 +316,7 @@ def check_components(graph):
         assert group.element.shape == (C,)
         assert group.columns.shape == (C, s)
         assert group.mask.shape == (C, s, s)
-        for e, i, j, inside in zip(*group, strict=True):
+        for e, i, j, inside in zip(*group[:4], strict=True):
             assert torch.equal(flat[e][i][:, j], inside)
             assert not found[e][i][:, j].any()
             assert torch.equal(i.sort().values, i)
@@ -450,8 +456,8 @@ def test_graphs_outlive_the_mode_they_were_made_in():
         ([[True]], (1, 1), "mask must be a bool tensor.*list"),
         (torch.ones(3).bool(), (3, 3), r"mask must have shape \(\*batch, 3, 3\)"),
         (torch.ones(2, 2).bool(), (3, 3), r"mask must have shape .*got \(2, 2\)"),
-        (torch.ones(2, 3).bool(), (2, 3), "as many rows as columns"),
-        (None, (2, 3), "as many rows as columns"),
+        (torch.ones(3, 2).bool(), (3, 2), "no more rows than columns.*Transpose"),
+        (None, (3, 2), "no more rows than columns.*unmatched"),
         (None, (0, 0), "at least one"),
         (matching_graph(None, (2, 2)), (3, 3), "mask must have shape"),
     ],

@@ -19,7 +19,7 @@ from pyro_permutations.matching_graph import MatchingGraph, matching_graph
 from pyro_permutations.shift_integral import log_shift_integral
 from pyro_permutations.shift_integral_cubature import column_coupling, raised_factor
 from pyro_permutations.shift_integral_series import _tempered, second_order
-from pyro_permutations.sinkhorn import log_sinkhorn
+from pyro_permutations.sinkhorn import log_scaling
 
 CLOSED = 1e-12  # the closed form: rounding
 QUADRATURE = 1e-3  # promised; 1e-5 is usual
@@ -386,7 +386,7 @@ def test_gradient_is_that_of_the_integral() -> None:
     graph = graph_of(full(3))
     (exact,) = torch.autograd.grad(log_shift_integral(M, graph)[0].sum(), M)
     counts = graph.row_counts.double(), graph.column_counts.double()
-    log_q = log_sinkhorn(M, mask=graph, marginals=counts)
+    log_q = log_scaling(M, graph, counts)
     start = log_q.sum((-2, -1))  # plus a constant
     rows = torch.full((4, 3), 3.0)
     sampled, _ = shift_integral_cubature.importance(
@@ -480,7 +480,7 @@ def test_second_order_against_the_sums_over_cells(mask: Tensor) -> None:
     assert graph.support.equal(mask)
     rows, columns = graph.row_counts.double(), graph.column_counts.double()
     M = draws(len(mask), 1)[0]
-    log_q = log_sinkhorn(M, mask=graph, marginals=(rows, columns))
+    log_q = log_scaling(M, graph, (rows, columns))
     q = log_q.exp() / rows[:, None]
     coupling = column_coupling(q, rows)
     covariance = torch.cholesky_inverse(raised_factor(coupling, columns))

@@ -16,6 +16,7 @@ from torch.distributions.constraints import dependent_property, independent, rea
 from pyro_permutations.constraints import contrasts, holds
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
 from pyro_permutations.shift_integral import log_shift_integral
+from pyro_permutations.unmatched_scores import Unmatched, relative_scores
 
 
 class GumbelContrasts(TorchDistribution):
@@ -37,18 +38,21 @@ class GumbelContrasts(TorchDistribution):
     :meth:`log_prob_error` for how exact it is.
 
     Args:
-        logits: Scores X of shape ``(*batch, n, n)``. Entries of ``-inf`` forbid pairs.
-        mask: Allowed pairs, bool, of shape ``(*batch, n, n)``, or a
+        logits: Scores X of shape ``(*batch, n, m)``. Entries of ``-inf`` forbid pairs.
+        mask: Allowed pairs, bool, of shape ``(*batch, n, m)``, or a
             :class:`~pyro_permutations.matching_graph.MatchingGraph`. Its batch
             broadcasts with that of the logits.
+        unmatched: Scores of unmatched rows and columns. What may stay unmatched has no
+            shift: Z is then the noisy score of a pair less those of its two items.
         density_samples: Importance samples that refine the density, drawn once from
             a generator of their own.
 
     Raises:
         TypeError: If logits are not a tensor.
-        ValueError: If logits are not square, or are NaN or ``+inf``; if the mask has
-            another shape or type, or if it has no perfect matching; if
-            ``density_samples`` is not an integer of at least zero.
+        ValueError: If logits are NaN or ``+inf``, or have more rows than columns and
+            nothing is said of unmatched ones; if the mask has another shape or type,
+            or if it has no matching; if ``density_samples`` is not an integer of at
+            least zero.
 
     Example:
         >>> d = GumbelContrasts(torch.zeros(3, 3))
@@ -65,14 +69,15 @@ class GumbelContrasts(TorchDistribution):
 
     def __init__(
         self,
-        logits: Tensor,  # (*batch, n, n)
+        logits: Tensor,  # (*batch, n, m)
         *,
-        mask: Tensor | MatchingGraph | None = None,  # (*batch, n, n) bool
+        mask: Tensor | MatchingGraph | None = None,  # (*batch, n, m) bool
+        unmatched: Unmatched | None = None,  # (*batch, n), (*batch, m)
         density_samples: int = 0,
         validate_args: bool | None = None,
     ) -> None:
         validate = self._validate_args if validate_args is None else validate_args
-        logits, self.graph = scores_on_graph(logits, mask, validate)
+        logits, self.graph = scores_on_graph(logits, mask, unmatched, validate)
         event_shape = logits.shape[-2:]
         batch_shape = torch.broadcast_shapes(logits.shape[:-2], self.graph.batch_shape)
         self.logits = logits.expand(batch_shape + event_shape)
@@ -106,7 +111,7 @@ class GumbelContrasts(TorchDistribution):
         return new  # type: ignore[no-any-return]
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw with a gradient to the logits, shape ``(*sample, *batch, n, n)``."""
+        """Draw with a gradient to the logits, shape ``(*sample, *batch, n, m)``."""
         scores = self._noisy_scores(torch.Size(sample_shape))
         return self.graph.contrasts(scores).to(self.logits.dtype)
 
@@ -120,7 +125,7 @@ class GumbelContrasts(TorchDistribution):
 
     def log_prob(
         self,
-        value: Tensor,  # (*sample, *batch, n, n)
+        value: Tensor,  # (*sample, *batch, n, m)
     ) -> Tensor:  # (*sample, *batch)
         """Log density with respect to Lebesgue measure on the free cells."""
         if self._validate_args:
@@ -130,7 +135,7 @@ class GumbelContrasts(TorchDistribution):
 
     def log_prob_error(
         self,
-        value: Tensor,  # (*sample, *batch, n, n)
+        value: Tensor,  # (*sample, *batch, n, m)
     ) -> Tensor:  # (*sample, *batch)
         """Estimate the absolute error of :meth:`log_prob`, in nats.
 
@@ -146,7 +151,10 @@ class GumbelContrasts(TorchDistribution):
 
     @classmethod
     def infer_shapes(  # type: ignore[override]
-        cls, logits: Sequence[int], mask: Sequence[int] | None = None
+        cls,
+        logits: Sequence[int],
+        mask: Sequence[int] | None = None,
+        unmatched: object = None,
     ) -> tuple[torch.Size, torch.Size]:
         """Batch and event shape for given shapes of the arguments."""
         mask = logits if mask is None else mask
@@ -155,47 +163,48 @@ class GumbelContrasts(TorchDistribution):
 
 
 def scores_on_graph(
-    logits: Tensor,  # (*batch, n, n)
-    mask: Tensor | MatchingGraph | None,  # (*batch, n, n) bool
+    logits: Tensor,  # (*batch, n, m)
+    mask: Tensor | MatchingGraph | None,  # (*batch, n, m) bool
+    unmatched: Unmatched | None,  # (*batch, n), (*batch, m)
     validate: bool,
 ) -> tuple[Tensor, MatchingGraph]:
-    """Check logits, and move entries of -inf from them to the mask."""
+    """Check logits, count them from being unmatched, and move -inf to the mask."""
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"logits must be a tensor, got {type(logits).__name__}: pass a tensor, "
             "torch.as_tensor(logits)."
         )
-    if (
-        logits.dim() < 2
-        or logits.shape[-1] != logits.shape[-2]
-        or not logits.is_floating_point()
-    ):
+    if logits.dim() < 2 or not logits.is_floating_point():
         raise ValueError(
-            "logits must be floating point and square, of shape (*batch, n, n), got "
+            "logits must be floating point, of shape (*batch, n, m), got "
             f"{logits.dtype} and {tuple(logits.shape)}."
         )
     shape = (logits.shape[-2], logits.shape[-1])
-    graph = matching_graph(mask, shape, logits.device)
+    scores, free = relative_scores(logits, unmatched)
+    graph = matching_graph(mask, shape, logits.device, unmatched=free)
     try:
-        torch.broadcast_shapes(logits.shape[:-2], graph.batch_shape)
+        torch.broadcast_shapes(scores.shape[:-2], graph.batch_shape)
     except RuntimeError:
         raise ValueError(
             f"mask has batch shape {tuple(graph.batch_shape)}, which does not "
             f"broadcast with that of logits, {tuple(logits.shape[:-2])}. Pass one mask "
             "for the whole batch or one per batch element."
         ) from None
-    if holds(torch.isfinite(logits)):
-        return logits, graph
-    if validate and not holds(logits < torch.inf):
+    if holds(torch.isfinite(scores)):
+        return scores, graph
+    if validate and not holds(scores < torch.inf):
         raise ValueError(
             "logits must not be NaN or +inf. -inf forbids a pair; for a pair that is "
             "certain, pass a mask that allows no other in its row and column."
         )
-    forbidden = logits == -torch.inf
+    forbidden = scores == -torch.inf
+    if isinstance(mask, MatchingGraph) and mask.has_slack:
+        free = mask.free_rows, mask.free_columns
+    allowed = graph.allowed & ~forbidden
     try:
-        graph = matching_graph(graph.allowed & ~forbidden, shape, logits.device)
+        graph = matching_graph(allowed, shape, logits.device, unmatched=free)
     except ValueError as error:
         raise ValueError(
             f"logits are -inf for forbidden pairs, and this {error}"
         ) from None
-    return torch.where(forbidden, 0, logits), graph
+    return torch.where(forbidden, 0, scores), graph

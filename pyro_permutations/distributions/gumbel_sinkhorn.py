@@ -20,7 +20,6 @@ from torch.distributions.constraints import (
 )
 from torch.distributions.transforms import Transform
 
-from pyro_permutations.carried_log import log_of
 from pyro_permutations.distributions.gumbel_contrasts import (
     GumbelContrasts,
     scores_on_graph,
@@ -31,7 +30,9 @@ from pyro_permutations.transforms import (
     BirkhoffTransform,
     HardenTransform,
     as_temperature,
+    log_cells,
 )
+from pyro_permutations.unmatched_scores import Unmatched
 
 _NO_MOMENTS = "the {} has no closed form. Estimate it from k samples: {}."
 
@@ -108,17 +109,18 @@ class GumbelSinkhorn(TransformedDistribution):
 
     def __init__(
         self,
-        logits: Tensor,  # (*batch, n, n)
+        logits: Tensor,  # (*batch, n, m)
         temperature: Tensor | float,  # () or (*batch)
         *,
-        mask: Tensor | MatchingGraph | None = None,  # (*batch, n, n) bool
+        mask: Tensor | MatchingGraph | None = None,  # (*batch, n, m) bool
+        unmatched: Unmatched | None = None,  # (*batch, n), (*batch, m)
         density_samples: int = 0,
         validate_args: bool | None = None,
     ) -> None:
         validate = self._validate_args if validate_args is None else validate_args
-        logits, self.graph = scores_on_graph(logits, mask, validate)
+        scores, self.graph = scores_on_graph(logits, mask, unmatched, validate)
         self.temperature = as_temperature(temperature, logits.dtype, logits.device)
-        batch_shape = torch.broadcast_shapes(logits.shape[:-2], self.graph.batch_shape)
+        batch_shape = torch.broadcast_shapes(scores.shape[:-2], self.graph.batch_shape)
         try:
             batch_shape = torch.broadcast_shapes(batch_shape, self.temperature.shape)
         except RuntimeError:
@@ -127,7 +129,7 @@ class GumbelSinkhorn(TransformedDistribution):
                 f"not broadcast with the batch shape {tuple(batch_shape)} of logits "
                 "and mask. Pass a scalar or one temperature per batch element."
             ) from None
-        self.logits = logits.expand(batch_shape + logits.shape[-2:])
+        self.logits = scores.expand(batch_shape + scores.shape[-2:])
         self.density_samples = density_samples
         base = GumbelContrasts(
             self.logits,
@@ -192,7 +194,7 @@ class GumbelSinkhorn(TransformedDistribution):
         return new
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw with a gradient to the logits, shape ``(*sample, *batch, n, n)``."""
+        """Draw with a gradient to the logits, shape ``(*sample, *batch, n, m)``."""
         # The noisy scores have the same image as their contrasts, and lie nearer to it:
         # taking shifts out along the paths of a sparse mask lets them pile up.
         noisy = self.base_dist._noisy_scores(torch.Size(sample_shape))
@@ -203,7 +205,7 @@ class GumbelSinkhorn(TransformedDistribution):
 
     def log_prob(
         self,
-        value: Tensor,  # (*sample, *batch, n, n)
+        value: Tensor,  # (*sample, *batch, n, m)
     ) -> Tensor:  # (*sample, *batch)
         """Log density with respect to Lebesgue measure on the free cells."""
         if self._validate_args:
@@ -213,7 +215,7 @@ class GumbelSinkhorn(TransformedDistribution):
 
     def log_prob_error(
         self,
-        value: Tensor,  # (*sample, *batch, n, n)
+        value: Tensor,  # (*sample, *batch, n, m)
     ) -> Tensor:  # (*sample, *batch)
         """Estimate the absolute error of :meth:`log_prob`, in nats.
 
@@ -227,9 +229,10 @@ class GumbelSinkhorn(TransformedDistribution):
         # As the base and the transforms do it, but in float64 from end to end: two
         # terms that nearly cancel can be in the tens of thousands.
         birkhoff = self.transforms[0]
-        log_P = log_of(value, self.graph)
-        log_integral, error = self.base_dist._log_density(birkhoff.scores(log_P))
-        return log_integral - birkhoff.log_volume(log_P), error
+        log_P = log_cells(value, self.graph)
+        scores = birkhoff.scores(log_P, self.graph)
+        log_integral, error = self.base_dist._log_density(scores)
+        return log_integral - birkhoff.log_volume(log_P, self.graph), error
 
     @classmethod
     def infer_shapes(
@@ -237,6 +240,7 @@ class GumbelSinkhorn(TransformedDistribution):
         logits: Sequence[int],
         temperature: Sequence[int] = (),
         mask: Sequence[int] | None = None,
+        unmatched: object = None,
     ) -> tuple[torch.Size, torch.Size]:
         """Batch and event shape for given shapes of the arguments."""
         batch_shape, event_shape = GumbelContrasts.infer_shapes(logits, mask)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_permutations.distributions.gumbel_sinkhorn import GumbelSinkhorn
-from pyro_permutations.sinkhorn import log_sinkhorn
+from pyro_permutations.sinkhorn import log_scaling
 
 _EULER = 0.5772156649015329
 
@@ -83,7 +83,7 @@ def noise_kl(
         # matrix W = Gamma e^-(D + s + t) sums to the number of cells in each row and
         # column, so it is the scaling of e^-D to the counts.
         counts = graph.row_counts.double(), graph.column_counts.double()
-        log_W = log_sinkhorn(-D, mask=graph, marginals=counts)
+        log_W = log_scaling(-D, graph, counts)
         log_W = torch.where(graph.support, log_W, 0)
         cells = log_gamma[..., None, None] - log_W + log_W.exp()
     else:
