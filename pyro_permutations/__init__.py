@@ -14,6 +14,7 @@ from pyro_permutations.distributions import (
     GumbelSinkhornStraightThrough,
     noise_kl,
 )
+from pyro_permutations.link_count import link_count_prior
 from pyro_permutations.matching import matching, to_indices, to_matrix
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
@@ -38,6 +39,7 @@ __all__ = [
     "SinkhornTransform",
     "contrasts",
     "doubly_stochastic",
+    "link_count_prior",
     "log_of",
     "log_sinkhorn",
     "matching",

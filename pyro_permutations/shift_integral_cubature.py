@@ -68,7 +68,7 @@ def cubature(
             cells; entries outside the support are ignored.
         graph: One component per batch element; its batch broadcasts.
         samples: Points of each round of sampling; 0 is 4096 (2048 in two and three
-            dimensions, where no fewer are used).
+            dimensions). Fewer than 2048 are not used: they would be worse than none.
     """
     size, batch = int(log_q.shape[-1]), log_q.shape[:-2]
     rows, columns = graph.row_counts.double(), graph.column_counts.double()
@@ -77,7 +77,8 @@ def cubature(
     log_q = torch.where(graph.support, log_q, -torch.inf)
     q = (log_q - rows.log()[..., None]).exp().reshape(-1, size, size)
     rows, columns = (x.expand(*batch, size).reshape(-1, size) for x in (rows, columns))
-    points = max(samples, _FEW_POINTS) if size <= 4 else samples or _POINTS
+    fewest = _FEW_POINTS if size <= 4 or samples else _POINTS
+    points = max(samples, fewest)
     step = max(1, _CHUNK // (points * size))
     pieces = [
         _blend(q[k : k + step], rows[k : k + step], columns[k : k + step], points)

@@ -18,7 +18,8 @@ _TOLERANCE = 1e-6
 LARGEST = 1e300
 NOT_FINITE = (
     "logits must be finite or -inf (a forbidden pair), but some are NaN or +inf, or "
-    f"exceed {LARGEST:.0e} when divided by the temperature."
+    f"exceed {LARGEST:.0e} when divided by the temperature. (Under torch.func.vmap "
+    "forbid pairs by a mask, not by -inf.)"
 )
 
 

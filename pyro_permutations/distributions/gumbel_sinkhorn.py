@@ -47,6 +47,14 @@ class GumbelSinkhorn(TransformedDistribution):
     j]`` near one says that row item i is matched to column item j. As :math:`\tau \to
     0` it tends to the best matching of the noisy scores, M(X + noise).
 
+    With fewer rows than columns every row is matched, and columns may stay over: they
+    sum to less than one. With ``unmatched`` rows and columns may stay unmatched, for a
+    score of their own; it counts like the scores of pairs, but has no noise. What a row
+    or column lacks to one is the probability that it is unmatched:
+    :func:`~pyro_permutations.slack_of` reads it off a sample. A batch of problems of
+    different sizes is padded: rows and columns of which no pair is allowed are left
+    out, exactly.
+
     The density is with respect to Lebesgue measure on the free cells: for a full matrix
     the upper left (n - 1) x (n - 1) block, with a mask the allowed cells off a spanning
     forest; any choice of free cells gives the same density. With E the allowed cells
@@ -56,32 +64,49 @@ class GumbelSinkhorn(TransformedDistribution):
 
     with T the weighted number of spanning forests (exact, by the matrix-tree theorem)
     and I the integral of the noise density over row and column shifts, see
-    :class:`GumbelContrasts`. Only I is approximate: :meth:`log_prob_error`.
+    :class:`GumbelContrasts`. Only I is approximate: :meth:`log_prob_error`. Where
+    something may stay unmatched, the slack says what the shifts are, I is a product of
+    Gamma integrals, and the density is exact. With :math:`r_i` and :math:`s_j` the
+    slack of rows and columns it is then, if all may stay unmatched, of all n m cells
+
+    .. math:: \log p(P) = n m \log \tau - \sum_{ij} \log P_{ij} - \sum_i \log r_i
+        - \sum_j \log s_j + \log \det (I - P P^\top)
+        + \sum_{ij} \log g \big(\tau \log \tfrac{P_{ij}}{r_i s_j} - X_{ij}\big)
+
+    with g the Gumbel density and X less the scores of being unmatched.
 
     A sample carries its log, so ``log_prob`` of the distribution's own samples, and of
     a guide's sample in a model, is right where entries have underflowed. Copies of a
     sample lose it: see :func:`~pyro_permutations.transforms.log_of`.
 
     Args:
-        logits: Scores X of shape ``(*batch, n, n)``: log weights, before the division
-            by the temperature. Entries of ``-inf`` forbid pairs.
+        logits: Scores X of shape ``(*batch, n, m)``: log weights, before the division
+            by the temperature. Entries of ``-inf`` forbid pairs. With ``unmatched`` the
+            attribute ``logits`` has them less the scores of being unmatched.
         temperature: Positive; a scalar, or of a shape that broadcasts with the batch:
             one of shape ``(3, 3)`` with a single 3 x 3 matrix is nine matchings.
-        mask: Allowed pairs, bool, of shape ``(*batch, n, n)``, or a
+        mask: Allowed pairs, bool, of shape ``(*batch, n, m)``, or a
             :class:`~pyro_permutations.matching_graph.MatchingGraph`. Forbidden pairs
             are exactly zero in every sample, and so is their gradient. A known pair is
-            one that is alone in its row and column.
-        density_samples: Importance samples that refine the density, drawn once from
-            a generator of their own.
+            one that is alone in its row and column (and both have to be matched).
+        unmatched: Scores of unmatched rows and of unmatched columns, numbers or tensors
+            of shape ``(*batch, n)`` and ``(*batch, m)``; ``-inf`` for what has to be
+            matched. None: all that can be is matched.
+        density_samples: Importance samples in place of the series, at least 2048,
+            drawn once from a generator of their own. They help far out in the tails;
+            near draws of the distribution itself it takes ten thousand to do as well.
 
     Raises:
         TypeError: If logits are not a tensor.
-        ValueError: If logits are not square, or are NaN or ``+inf``; if the temperature
-            is not positive and finite, or does not broadcast; if the mask has another
-            shape or type, or if it has no perfect matching; if ``density_samples`` is
-            not an integer of at least zero. By ``log_prob``, if row or column sums of
-            the value are not one within 1e-5 (half 1e-3, bfloat16 8e-3), or an entry
+        ValueError: If logits are NaN or ``+inf``, or have more rows than columns and
+            nothing is said of unmatched ones; if the temperature is not positive and
+            finite, or does not broadcast; if the mask has another shape or type, or if
+            it has no matching; if ``density_samples`` is not an integer of at least
+            zero. By ``log_prob``, if row or column sums of the value are not one, or
+            with slack at most one, within 1e-5 (half 1e-3, bfloat16 8e-3), or an entry
             is negative, or not zero where it is forbidden.
+        NotImplementedError: By ``log_prob``, if a row and a column that both have to be
+            matched are a pair of a component in which others may stay unmatched.
 
     References:
         Mena, Belanger, Linderman and Snoek, "Learning latent permutations with
@@ -98,6 +123,9 @@ class GumbelSinkhorn(TransformedDistribution):
         >>> x = torch.tensor([[0.7, 0.3], [0.3, 0.7]])
         >>> GumbelSinkhorn(torch.tensor([[0.3, -0.5], [0.2, 0.9]]), 1.0).log_prob(x)
         tensor(0.4583)
+        >>> partial = GumbelSinkhorn(x[:, :1], 0.1, unmatched=(0.0, 0.0))
+        >>> partial.rsample().shape, partial.support.check(torch.zeros(2, 1))
+        (torch.Size([2, 1]), tensor(True))
     """
 
     arg_constraints = {  # noqa: RUF012
@@ -159,6 +187,21 @@ class GumbelSinkhorn(TransformedDistribution):
         of the density, which has none inside the polytope.
         """
         return matching(self.logits, mask=self.graph)
+
+    def marginals(
+        self, num_samples: int = 1000
+    ) -> tuple[Tensor, Tensor]:  # (*batch, n, m + 1), (*batch, n, m + 1)
+        """How often each pair is matched in hard draws, and the standard errors.
+
+        The last column is how often a row is unmatched, so that rows sum to one. Hard
+        draws are the best matchings of noisy scores, the limit of low temperature; they
+        are not draws of the probabilities exp<X, P>.
+        """
+        scores = self.base_dist._noisy_scores(torch.Size((num_samples,))).detach()
+        pairs = matching(scores, mask=self.graph).mean(0).to(self.logits.dtype)
+        alone = (1 - pairs.sum(-1, keepdim=True)).clamp_min(0)
+        frequency = torch.cat([pairs, alone], -1)
+        return frequency, (frequency * (1 - frequency) / num_samples).sqrt()
 
     @property
     def mean(self) -> Tensor:

@@ -32,7 +32,8 @@ def noise_kl(
     exactly. It is an upper bound on the divergence between the laws of P (data
     processing), hence a valid but looser ELBO, and a poor one: it charges for the row
     and column shifts of the scores, which P does not see. ``up_to_shifts`` takes the
-    least bound over them. Nothing in Pyro calls this; ``log_prob`` is the better way.
+    least bound over them (over those of rows, where something may stay unmatched;
+    what may has none). Nothing in Pyro calls this; ``log_prob`` is the better way.
 
     Args:
         q: The guide's distribution.
@@ -78,7 +79,18 @@ def noise_kl(
     D = torch.where(graph.support, D, 0)
     constant = -ratio.log() + _EULER * (ratio - 1) - 1
     log_gamma = torch.lgamma(1 + ratio)
-    if up_to_shifts:
+    if up_to_shifts and graph.has_slack:
+        # What may stay unmatched has no shift, and of other rows it is in closed form.
+        number = graph.row_counts.double()[..., None]
+        masked = torch.where(graph.support, -D, -torch.inf)
+        masked = torch.where(number > 0, masked, 0.0)
+        shift = number.clamp_min(1).log() - torch.logsumexp(masked, -1, keepdim=True)
+        own = torch.where(
+            graph.slack_cells()[0][..., None], log_gamma[..., None, None], shift
+        )
+        log_W = own - D
+        cells = log_gamma[..., None, None] - log_W + log_W.exp()
+    elif up_to_shifts:
         # Shifts s, t of D: at the minimum of sum(D + s + t + Gamma e^-(D + s + t)) the
         # matrix W = Gamma e^-(D + s + t) sums to the number of cells in each row and
         # column, so it is the scaling of e^-D to the counts.
