@@ -27,9 +27,10 @@ def link_count_prior(
 
     All matchings with k links, of which there are as many as the second term says, are
     equally likely; q is normalised over what is possible, 0 to min(n, m). Exact for
-    hard matchings, and linear between whole numbers for relaxed ones. For a model:
-    ``pyro.factor("links", link_count_prior(P, dist.Poisson(12.0)))``, with a prior for
-    P that is flat, ``GumbelSinkhorn(zeros, temperature, unmatched=(0.0, 0.0))``.
+    hard matchings, and linear between whole numbers for relaxed ones. In a model:
+    ``pyro.factor("links", link_count_prior(P, dist.Poisson(12.0)))``. A relaxed prior
+    of P has a say, too: with scores of zero the noise alone links nearly everything,
+    so give it scores that are about right, such as -4 for one link in fifty pairs.
 
     Args:
         P: Matching of shape ``(*batch, n, m)``, hard or relaxed.

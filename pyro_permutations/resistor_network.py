@@ -40,7 +40,7 @@ class Network:
         self.p = (log_weights - log_rows[..., None]).exp()
         self.rows = (log_rows - self.log_scale[..., None]).exp()
         self.log_rows = log_rows
-        self.conductances = self.p.mT @ (self.rows[..., None] * self.p)
+        self.conductances = _products(self.p, self.rows)
         self.conductances.diagonal(dim1=-2, dim2=-1).zero_()
         self._elimination: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -207,6 +207,18 @@ class Network:
         grounding = torch.where(self.root, tie.log(), 0.0).sum(-1)
         self._elimination = pivots, c, grounding
         return self._elimination
+
+
+def _products(p: Tensor, rows: Tensor) -> Tensor:
+    """P' diag(r) p, on numbers that are large enough.
+
+    Products of denormal numbers take a hundred times as long, and below the weakest
+    pivot no conductance counts: so the smallest p are zero, and the others so large
+    that none of their products is denormal.
+    """
+    p = torch.where(p < 1e-300, 0.0, p * 2.0**500)
+    c = p.mT @ (rows[..., None] * p)
+    return torch.where(c < 1.0, 0.0, c * 2.0**-500 * 2.0**-500)
 
 
 def _differences(pivots: Tensor, steps: Tensor, source: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ def solve(
         iterations += steps
         if bool(last.all()):
             break
-        if steps == 1:  # the path is straight by now
-            growth *= growth
+        if steps == 1 and bool((previous_scale > 0).any()):  # the path is straight
+            growth *= 1.5
         larger = (scale * growth).clamp_max(1.0)
         larger = torch.where(larger > 0.7, 1.0, larger)
         ahead = _extrapolate(log_p, previous, scale, previous_scale, larger)
@@ -245,7 +245,7 @@ def _owners(
 ) -> tuple[Tensor, Tensor]:  # (b, m), (b,)
     """The row of each column, and whether no column has two rows or none.
 
-    With slack a column without a row has that of the slack, if it may.
+    With slack a column without a row has that of the slack, if that is its largest.
     """
     n, m = network.p.shape[-2:]
     rows = torch.arange(n, device=matching.device).expand_as(matching)
@@ -256,7 +256,8 @@ def _owners(
     if not slack:
         return owner, (count == 1).all(-1)
     owner[:, -1] = n - 1
-    left = (count == 0) & (network.log_weights[:, -1] > -torch.inf)
+    most = network.log_weights[:, :-1].amax(-2)
+    left = (count == 0) & (network.log_weights[:, -1] >= most)
     return owner, ((count == 1) | left)[:, :-1].all(-1)
 
 
@@ -281,15 +282,18 @@ def _resolves(
 def _extreme_step(network: Network, matching: Tensor, slack: bool) -> Tensor:
     """The same from logarithms: the step carries off the flow of the matching."""
     log_p, pi = network.log_weights, matching[..., None]
-    change = torch.zeros_like(log_p)
-    change.scatter_(-1, pi, (-log_p.gather(-1, pi)).exp())
+    relative = torch.full_like(log_p, -torch.inf)
+    relative.scatter_(-1, pi, -log_p.gather(-1, pi))
     if slack:
         # To each column without a row a unit comes from the slack, over the wire.
         owner, _ = _owners(network, matching, slack)
         unmatched = owner == log_p.shape[-2] - 1
-        flow = torch.where(unmatched, (-log_p[:, -1]).exp(), 0.0)
-        flow[:, -1] = 1.0
-        change[:, -1] = flow
+        relative[:, -1] = torch.where(unmatched, -log_p[:, -1], -torch.inf)
+        relative[:, -1, -1] = 0.0
+    # Of a step that would be longer than exp(600) the direction will do.
+    change = (
+        relative - (relative.amax((-2, -1), keepdim=True) - 600.0).clamp_min(0)
+    ).exp()
     moved = eliminate_in_logs(log_p, network.root, change)[1]
     return moved - moved.gather(-1, pi)
 

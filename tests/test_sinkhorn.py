@@ -747,7 +747,7 @@ def test_zero_temperature_points_to_the_hard_operator() -> None:
 
 
 def test_bad_shapes_are_named() -> None:
-    for shape in [(5, 3), (2, 4, 3), (3,), ()]:
+    for shape in [(3,), ()]:
         with pytest.raises(ValueError, match="logits"):
             sinkhorn(torch.zeros(shape))
     with pytest.raises(ValueError, match="temperature"):
