@@ -6,6 +6,7 @@ from __future__ import annotations
 
 __all__ = ["carry_log", "log_of", "slack_of"]
 
+import math
 import pickle
 import warnings
 import weakref
@@ -96,21 +97,28 @@ def slack_of(
 ) -> tuple[Tensor, Tensor]:  # (*lead, n), (*lead, m)
     """How much of each row and of each column is unmatched: what it lacks to one.
 
-    Values from this package carry it, exact where it is tiny; of other matrices it is
-    one less the sums.
+    Relaxed values from this package carry it, exact where it is tiny; of others, hard
+    ones too, it is one less the sums. Padding is unmatched.
 
     Example:
         >>> rows, columns = slack_of(torch.tensor([[0.9, 0.0], [0.0, 0.2]]))
         >>> rows
         tensor([0.1000, 0.8000])
     """
+    if not P.is_floating_point():
+        P = P.to(torch.get_default_dtype())
     found = _found(P, True)
-    if found is not None:
-        return found[..., :-1, -1].exp().to(P.dtype), found[..., -1, :-1].exp().to(
-            P.dtype
-        )
-    rows, columns = 1 - P.double().sum(-1), 1 - P.double().sum(-2)
-    return rows.clamp_min(0).to(P.dtype), columns.clamp_min(0).to(P.dtype)
+    lacking = []
+    for dim in (-1, -2):
+        lack = (1 - P.sum(dim, dtype=torch.float64)).clamp_min(0)
+        if found is not None:
+            exact = found[..., :-1, -1] if dim == -1 else found[..., -1, :-1]
+            exact = exact.exp()
+            # A hard value carries the log of a relaxed one, whose slack is another.
+            near = (exact - lack).abs() < 4 * torch.finfo(P.dtype).eps ** 0.5
+            lack = torch.where(near, exact, lack)
+        lacking.append(lack.to(P.dtype))
+    return lacking[0], lacking[1]
 
 
 def log_and_lost(
@@ -120,7 +128,9 @@ def log_and_lost(
     """:func:`log_of` without the warning; where it is a guess, if none is carried."""
     log_P = _found(P, False)
     if log_P is not None:
-        return log_P, None
+        return (
+            (log_P, None) if graph is None else _where_allowed(log_P, graph.support, P)
+        )
     return _guess(P.double(), None if graph is None else graph.support.to(P.device), P)
 
 
@@ -133,7 +143,7 @@ def log_with_slack(
         return log_and_lost(P, graph)
     found = _found(P, True)
     if found is not None:
-        return found, None
+        return _where_allowed(found, graph.cells, P)
     log_P, lost = log_and_lost(P, graph)
     sums = log_P.exp()
     rows, columns = graph.slack_cells()
@@ -163,15 +173,30 @@ def _found(P: Tensor, slack: bool) -> Tensor | None:
     whole: Tensor = carried.log_P
     size = P.size()
     if slack:
-        # Only of whole matrices is the slack beside them.
-        inside = whole.dim() >= 2 and P.dim() >= 2
-        if not carried.slack or not inside or P.stride()[-2:] != whole.stride()[-2:]:
-            return None
+        # Only of whole matrices is the slack beside them, transposed or not.
         size = torch.Size((*size[:-2], size[-2] + 1, size[-1] + 1))
-        if size[-2:] != whole.shape[-2:]:
+        mine, theirs = (
+            list(zip(s[-2:], x.stride()[-2:], strict=True))
+            for s, x in ((size, P), (whole.shape, whole))
+        )
+        if not carried.slack or mine not in (theirs, theirs[::-1]):
             return None
     offset = whole.storage_offset() + P.storage_offset() - base.storage_offset()
     return whole.as_strided(size, P.stride(), offset)
+
+
+def _where_allowed(
+    log_P: Tensor, cells: Tensor, like: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """A carried log where it is one, and a guess for zeros of a narrower mask."""
+    zero = (log_P == -torch.inf) & cells.to(log_P.device)
+    try:
+        if not bool(zero.any()):
+            return log_P, None
+    except RuntimeError:  # under torch.func.vmap
+        return log_P, None
+    kind = torch.finfo(like.dtype)
+    return log_P.masked_fill(zero, math.log(kind.tiny * kind.eps)), zero
 
 
 def _guess(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, threshold
 
 from pyro_permutations.matching_graph import WIRE
 
@@ -24,6 +24,9 @@ _FLOOR = -300.0
 # a sum that a temperature on the way is left with.
 _FIRST = 0.62
 _STAGE_TOLERANCE = 0.1
+# At low temperatures gradients feel errors of the sums many times over. Errors of more
+# than this share of the tolerance are taken away, where there is a factorization.
+_SHARP = 1e-2
 _MOST_STEPS = 60
 # No potential moves further in one step; and none further than that since the kernel
 # was made, which is raised to the floor where it is less.
@@ -32,6 +35,10 @@ _LONGEST = 20.0
 # the exponential of this.
 _HIGHEST = 50.0
 _FARTHEST = 60.0
+# Elements that are done are left out where at most this share goes on, and where there
+# are more entries than this.
+_SHARE = 0.75
+_MANY = 2**15
 
 
 class Scaling(NamedTuple):
@@ -41,6 +48,46 @@ class Scaling(NamedTuple):
     potentials: Tensor  # (b, 1, m), g
     residual: float  # largest error of a sum
     iterations: int
+
+
+# What rows (b, 1, n) have in common with the slack, and columns (b, 1, m).
+_Ties = tuple[Tensor, ...]
+
+
+class _System(NamedTuple):
+    """A kernel, or its logarithm, and what its scaling is to add up to."""
+
+    kernel: Tensor  # (b, n, m)
+    leaks: _Ties | None
+    rows: Tensor  # (b, 1, n)
+    columns: Tensor  # (b, 1, m)
+
+    def at(self, index: Tensor) -> _System:
+        everyone = len(index) == len(self.kernel)
+        # Far faster than kernel[index].
+        some = self.kernel if everyone else self.kernel.index_select(0, index)
+        leaks = None if self.leaks is None else tuple(x[index] for x in self.leaks)
+        return _System(some, leaks, self.rows[index], self.columns[index])
+
+
+class _Path(NamedTuple):
+    """How potentials follow the temperature."""
+
+    potential: Tensor  # (b, 1, m), to start from
+    t: Tensor  # (b, 1, 1)
+    before: Tensor  # (b, 1, m), what it came to at the temperature before
+    t_before: Tensor  # (b, 1, 1)
+    direct: Tensor  # (b, 1, 1) bool, where conjugate gradients are too slow
+
+
+class _State(NamedTuple):
+    """Where the scaling of a system has come to."""
+
+    v: Tensor  # (b, 1, m)
+    u: Tensor  # (b, 1, n), so that rows are exact
+    sums: Tensor  # (b, 1, m), of columns
+    error: Tensor  # (b, 1, 1)
+    direct: Tensor  # (b, 1, 1) bool
 
 
 def scale_kernel(
@@ -72,39 +119,92 @@ def scale_kernel(
     if ties is not None:
         top = torch.maximum(top, ties[0].mT)
         ties = ties[0].mT - top, ties[1]
-    base = scores - top
-    forbidden = base == -torch.inf if masked else None
     t = torch.where(first < 2, 1.0, first)
+    start = torch.zeros_like(columns)
+    direct = torch.full_like(t, scores.shape[-1] <= _SMALL, dtype=torch.bool)
     shrink = 0.25 if scores.shape[-1] <= _SMALL else 0.5
-    potential = torch.zeros_like(columns)
-    before, t_before = potential, t
-    steps, direct = 0, scores.shape[-1] <= _SMALL
+    (p, g, error, *slacks), steps = _cooled(
+        _System(scores - top, ties, rows, columns),
+        _Path(start, t, start, t, direct),
+        tol,
+        shrink,
+        steps=0,
+        masked=masked,
+    )
+    if slack:
+        p, g = _together(p, *slacks), pad(g, (0, 1))
+    return Scaling(p, g, float(error.amax()) if error.numel() else 0.0, steps)
+
+
+def _cooled(
+    system: _System,
+    path: _Path,
+    tol: float,
+    shrink: float,
+    *,
+    steps: int,
+    masked: bool,
+) -> tuple[tuple[Tensor, ...], int]:
+    """Matrix, potentials, errors, what leaks and drains; and the number of steps."""
+    base, ties, rows, columns = system
+    potential, t, before, t_before, direct = path
+    rest = None
     while True:
-        kernel, leaks = _kernel(base, potential, t, forbidden, ties)
-        target = torch.where(t == 1, tol, _STAGE_TOLERANCE)
-        v, u, error, taken, direct = _newton(
-            kernel, leaks, rows, columns, target, steps == 0, direct
+        kernel, leaks = _kernel(base, potential, t, ties)
+        last = t == 1
+        target = torch.where(last, tol, _STAGE_TOLERANCE)
+        state, taken = _newton(
+            _System(kernel, leaks, rows, columns), target, direct, steps == 0
         )
+        v, u, _, error, direct = state
         steps += taken
         now = potential + t * v.log()
-        done = bool((error <= target).all()) or steps >= _MOST_STEPS
-        if done and bool((t == 1).all()):
+        # Not done is also where v has left the range in which the kernel holds.
+        done = error <= target
+        if steps >= _MOST_STEPS:  # NaN too is given up
+            done = torch.ones_like(done)
+        going = ~(done & last)
+        if not bool(going.any()):
             break
-        if not done:  # v has left the range in which the kernel holds
-            potential = now
-            continue
         if taken == 1:  # the path is straight by now
             shrink *= shrink
         smaller = (t * shrink).clamp_min(1.0)
-        smaller = torch.where(smaller < 1.4, 1.0, smaller)
+        smaller = torch.where(done, torch.where(smaller < 1.4, 1.0, smaller), t)
         slope = (now - before) / torch.where(t_before > t, t - t_before, torch.inf)
         potential = now + slope * (smaller - t)
-        before, t_before, t = now, t, smaller
-    p = kernel.mul_(u.mT).mul_(v)
+        before = torch.where(done, now, before)
+        t, t_before = smaller, torch.where(done, t, t_before)
+        if _large(kernel) and _few(going):
+            rest = going.flatten().nonzero()[:, 0]
+            break
+    if masked:  # forbidden pairs are at the floor: exp of -inf is slow, masks slower
+        threshold(kernel, math.exp(_FLOOR) * (1 + 1e-9), 0.0, inplace=True)
+    result: tuple[Tensor, ...] = kernel.mul_(u.mT).mul_(v), now, error
     if leaks is not None:
-        p, now = _together(p, leaks[0] * u, leaks[1] * v), pad(now, (0, 1))
-    residual = float(error.amax()) if error.numel() else 0.0
-    return Scaling(p, now, residual, steps)
+        result += leaks[0] * u, leaks[1] * v
+    if rest is not None:
+        path = _Path(potential, t, before, t_before, direct)
+        some = system.at(rest), _Path(*(x[rest] for x in path))
+        inner, steps = _cooled(*some, tol, shrink, steps=steps, masked=masked)
+        result = _replaced(result, rest, inner)
+    return result, steps
+
+
+def _large(kernel: Tensor) -> bool:
+    """Whether a copy costs less than the calls that make it."""
+    return kernel.numel() > _MANY
+
+
+def _few(going: Tensor) -> bool:
+    """Whether it pays to leave out the others."""
+    return int(going.count_nonzero()) <= _SHARE * len(going)
+
+
+def _replaced(
+    tensors: tuple[Tensor, ...], index: Tensor, others: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    pairs = zip(tensors, others, strict=True)
+    return tuple(x.index_copy_(0, index, y) for x, y in pairs)
 
 
 def spread(
@@ -118,19 +218,20 @@ def spread(
     if not (masked or slack):
         centred = scores - scores.mean((-2, -1), keepdim=True)
     else:
-        forbidden = scores == -torch.inf
+        count = (scores > -torch.inf).sum((-2, -1), keepdim=True, dtype=scores.dtype)
+        values = scores.nan_to_num(neginf=0.0)  # far faster than masked_fill
+        if slack:  # less the wire
+            count -= 1
+            values[:, -1, -1] = 0.0
+        mean = values.sum((-2, -1), keepdim=True) / count
+        centred = torch.sub(scores, mean, out=values).nan_to_num_(neginf=0.0)
         if slack:
-            forbidden[:, -1, -1] = True  # the wire
-        count = count - forbidden.sum((-2, -1), keepdim=True)
-        values = scores.masked_fill(forbidden, 0.0)
-        centred = values - values.sum((-2, -1), keepdim=True) / count
-        centred = centred.masked_fill_(forbidden, 0.0)
-    # Relative to the largest: the squares of scores of 1e200 would overflow.
-    largest = centred.abs().amax((-2, -1), keepdim=True).clamp_min(1e-300)
-    norm: Tensor = torch.linalg.vector_norm(
-        centred.div_(largest), dim=(-2, -1), keepdim=True
-    )
-    return largest * norm / count.sqrt()
+            centred[:, -1, -1] = 0.0
+    norm: Tensor = torch.linalg.vector_norm(centred, dim=(-2, -1), keepdim=True)
+    if bool((norm == torch.inf).any()):  # the squares of scores of 1e200 overflow
+        centred *= 2.0**-500
+        norm = torch.linalg.vector_norm(centred, dim=(-2, -1), keepdim=True) * 2.0**500
+    return norm / count.sqrt()
 
 
 def solve_marginals(
@@ -155,20 +256,19 @@ def solve_marginals(
     if leaks is not None:
         r, c = r + leaks[0], c + leaks[1]
     one_n, one_m = torch.ones_like(r), torch.ones_like(c)
+    system = _System(p, leaks, r, c)
     rest = b - _times(a / r, p)
     if p.shape[-1] <= _SMALL:
-        y = _factorized(p, leaks, one_n, one_m, r, rest)
+        y, _ = _factorized(system, one_n, one_m, rest)
     else:
         stop = 1e-8 * rest.abs().amax(-1, keepdim=True)
-        y, slow = _conjugate_gradients(p, one_n, one_m, c, r, rest, stop)
-        if slow:
-            y = _factorized(p, leaks, one_n, one_m, r, rest)
+        y, slow = _conjugate_gradients(system, one_n, one_m, c, rest, stop)
+        if bool(slow.any()):
+            index = slow.flatten().nonzero()[:, 0]
+            some = (x[index] for x in (one_n, one_m, rest))
+            y[index], _ = _factorized(system.at(index), *some)
     x = (a - _times(y, p.mT)) / r
     return (pad(x, (0, 1)), pad(y, (0, 1))) if slack else (x, y)
-
-
-# What rows (b, 1, n) have in common with the slack, and columns (b, 1, m).
-_Ties = tuple[Tensor, Tensor]
 
 
 def _apart(x: Tensor) -> tuple[Tensor, _Ties]:
@@ -182,11 +282,7 @@ def _together(p: Tensor, leaks: Tensor, drains: Tensor) -> Tensor:
 
 
 def _kernel(
-    base: Tensor,
-    potential: Tensor,
-    t: Tensor,
-    forbidden: Tensor | None,
-    ties: _Ties | None,
+    base: Tensor, potential: Tensor, t: Tensor, ties: _Ties | None
 ) -> tuple[Tensor, _Ties | None]:
     """The kernel, of unit row sums, and what leaks from rows and drains into columns.
 
@@ -199,8 +295,6 @@ def _kernel(
         top = torch.maximum(top, ties[0] / t)
     x -= top
     x = x.clamp_min_(_FLOOR).exp_()
-    if forbidden is not None:
-        x.masked_fill_(forbidden, 0.0)
     total = x.sum(-1, keepdim=True)
     if ties is None:
         return x.div_(total), None
@@ -211,53 +305,104 @@ def _kernel(
 
 
 def _newton(
-    kernel: Tensor,
-    leaks: _Ties | None,
-    rows: Tensor,
-    columns: Tensor,
+    system: _System, target: Tensor, direct: Tensor, mild: bool
+) -> tuple[_State, int]:
+    """Scale a kernel from nothing; and the number of steps."""
+    v = torch.ones_like(system.columns)
+    u, sums = system.rows.clone(), _times(system.rows, system.kernel)  # of unit rows
+    if system.leaks is not None:
+        sums += system.leaks[1]
+    # Sweeps converge linearly; while they cut the error they are cheaper.
+    steps = 1
+    while mild and steps < 5:
+        v = v * (system.columns / sums)
+        u, sums = _sweep(system, v)
+        steps += 1
+    state = _State(v, u, sums, _error(sums, system.columns), direct)
+    return _iterated(system, state, target, mild, steps, 0.0)
+
+
+def _iterated(
+    system: _System,
+    state: _State,
     target: Tensor,
     mild: bool,
-    direct: bool,
-) -> tuple[Tensor, Tensor, Tensor, int, bool]:
-    """v, u, the errors, the number of steps, and whether to factorize from now on."""
-    v = torch.ones_like(columns)
-    u, sums = _sweep(kernel, leaks, v, rows)
-    # Sweeps converge linearly; while they cut the error they are cheaper.
-    steps, travelled = 1, 0.0
-    while mild and steps < 5:
-        v = v * (columns / sums)
-        u, sums = _sweep(kernel, leaks, v, rows)
-        steps += 1
-    error = _error(sums, columns)
-    while (
-        steps < _MOST_STEPS and travelled < _FARTHEST and bool((error > target).any())
-    ):
+    steps: int,
+    travelled: float,
+) -> tuple[_State, int]:
+    """Steps until errors are below the target or v is far from where it was."""
+    kernel, _, _, columns = system
+    squares = factor = None
+    small = kernel.shape[-1] <= _SMALL
+    while steps < _MOST_STEPS and travelled < _FARTHEST:
+        left = state.error > target
+        if not bool(left.any()):
+            if factor is not None:
+                sharp = torch.where(target < _STAGE_TOLERANCE, _SHARP * target, target)
+                state = _sharpened(system, state, factor, sharp)
+            break
+        # On the way further steps improve what is done, for the next temperature.
+        if (
+            not small
+            and _large(kernel)
+            and _few(left := left | (target >= _STAGE_TOLERANCE))
+        ):
+            squares, index = None, left.flatten().nonzero()[:, 0]
+            some = system.at(index), _State(*(x[index] for x in state)), target[index]
+            inner, steps = _iterated(*some, mild, steps, travelled)
+            state = _State(*_replaced(state, index, inner))
+            break
+        v, u, sums, error, direct = state
         if mild and steps < 12:
             v = v * (columns / sums)
-            u, sums = _sweep(kernel, leaks, v, rows)
+            u, sums = _sweep(system, v)
             smaller = _error(sums, columns)
-            mild = bool((smaller < 0.6 * error).all())
-            error = smaller
+            mild = bool(((smaller < 0.6 * error) | (smaller <= target)).all())
         else:
             lacking = columns - sums
-            if not direct:
+            if not small and not bool(direct.all()):
+                squares = kernel.square() if squares is None else squares
                 stop = _close_enough(lacking, target)
-                move, direct = _conjugate_gradients(
-                    kernel, u, v, sums, rows, lacking, stop
+                stop = torch.where(direct, torch.inf, stop)
+                move, slow = _conjugate_gradients(
+                    system, u, v, sums, lacking, stop, squares
                 )
-            if direct:
-                move = _factorized(kernel, leaks, u, v, rows, lacking)
+                direct = direct | slow
+            if small or bool(direct.all()):
+                move, factor = _factorized(system, u, v, lacking)
+            elif bool(direct.any()):
+                squares, index = None, direct.flatten().nonzero()[:, 0]
+                slow_ones = (x[index] for x in (u, v, lacking))
+                move[index], _ = _factorized(system.at(index), *slow_ones)
             length = float(move.abs().amax())
             if length > 1.5:
-                v, sums = _line_search(kernel, leaks, v, rows, columns, lacking, move)
+                v, sums = _line_search(system, v, lacking, move)
                 v = v * (columns / sums)
             else:
                 v = v * move.exp()
             travelled += min(length, _LONGEST)
-            u, sums = _sweep(kernel, leaks, v, rows)
-            error = _error(sums, columns)
+            u, sums = _sweep(system, v)
+        state = _State(v, u, sums, _error(sums, columns), direct)
         steps += 1
-    return v, u, error, steps, direct
+    return state, steps
+
+
+def _sharpened(
+    system: _System, state: _State, factor: Tensor, target: Tensor
+) -> _State:
+    """A few steps more with an old factor, which costs little."""
+    for _ in range(3):
+        if not bool((state.error > target).any()):
+            break
+        lacking = (system.columns - state.sums).mT
+        move = torch.cholesky_solve(lacking, factor).mT
+        v = state.v * move.clamp_(-1.0, 1.0).exp()  # what is hardly tied may run away
+        u, sums = _sweep(system, v)
+        error = _error(sums, system.columns)
+        if not bool((error <= state.error.amax()).all()):
+            break
+        state = _State(v, u, sums, error, state.direct)
+    return state
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
@@ -265,10 +410,9 @@ def _times(x: Tensor, matrix: Tensor) -> Tensor:
     return torch.bmm(x, matrix)
 
 
-def _sweep(
-    kernel: Tensor, leaks: _Ties | None, v: Tensor, rows: Tensor
-) -> tuple[Tensor, Tensor]:
+def _sweep(system: _System, v: Tensor) -> tuple[Tensor, Tensor]:
     """U that makes the rows exact, and what the columns add up to then."""
+    kernel, leaks, rows, _ = system
     if leaks is None:
         u = rows / _times(v, kernel.mT)
         return u, v * _times(u, kernel)
@@ -281,13 +425,7 @@ def _error(sums: Tensor, columns: Tensor) -> Tensor:  # (b, 1, 1)
 
 
 def _line_search(
-    kernel: Tensor,
-    leaks: _Ties | None,
-    v: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    lacking: Tensor,
-    move: Tensor,
+    system: _System, v: Tensor, lacking: Tensor, move: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Shorten the step until the dual's slope along it has not turned too far."""
     longest = move.abs().amax(-1, keepdim=True).clamp_min(_LONGEST)
@@ -295,8 +433,8 @@ def _line_search(
     slope = (move * lacking).sum(-1, keepdim=True)
     for _ in range(8):
         ahead = v * (length * move).exp()
-        _, sums = _sweep(kernel, leaks, ahead, rows)
-        turned = (move * (columns - sums)).sum(-1, keepdim=True)
+        _, sums = _sweep(system, ahead)
+        turned = (move * (system.columns - sums)).sum(-1, keepdim=True)
         far = turned < -0.5 * slope
         if not bool(far.any()):
             break
@@ -313,19 +451,15 @@ def _close_enough(lacking: Tensor, target: Tensor) -> Tensor:  # (b, 1, 1)
 
 
 def _factorized(
-    kernel: Tensor,
-    leaks: _Ties | None,
-    u: Tensor,
-    v: Tensor,
-    rows: Tensor,
-    b: Tensor,
-) -> Tensor:
+    system: _System, u: Tensor, v: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
     """Solve (diag(sums) - P' diag(1 / r) P) d = b for P = diag(u) K diag(v).
 
     By Cholesky, the diagonal a sum of what is off it, with a ridge of 1e-14; slack is
     a tie to the ground, by way of a row or of its own.
     """
-    p = kernel * (u * rows.rsqrt()).mT * v
+    kernel, leaks, rows, _ = system
+    p = (kernel * (u * rows.rsqrt()).mT).mul_(v)
     laplacian = torch.bmm(p.mT, p).neg_()
     diagonal = laplacian.diagonal(dim1=-2, dim2=-1)
     diagonal.zero_()
@@ -333,38 +467,43 @@ def _factorized(
     if leaks is not None:
         ground = _times(leaks[0] * u * rows.rsqrt(), p) + v * leaks[1]
         off -= ground[:, 0]
+    del p
     diagonal.copy_(1e-14 - off)
     ridge = 1e-14
     factor, failed = torch.linalg.cholesky_ex(laplacian)
-    while bool(failed.any()):  # rounding took clusters that are hardly tied to the rest
+    # Rounding took clusters that are hardly tied to the rest. NaN fails whatever is
+    # added, and is left to show in the errors.
+    while ridge < 1 and bool(failed.any()):
         ridge *= 100
         diagonal.add_(ridge * (failed > 0)[:, None])
         factor, failed = torch.linalg.cholesky_ex(laplacian)
-    return torch.cholesky_solve(b.mT, factor).mT
+    return torch.cholesky_solve(b.mT, factor).mT, factor
 
 
 def _conjugate_gradients(
-    kernel: Tensor,
+    system: _System,
     u: Tensor,
     v: Tensor,
     sums: Tensor,
-    rows: Tensor,
     b: Tensor,
     stop: Tensor,
-) -> tuple[Tensor, bool]:
-    """The same by conjugate gradients through the kernel; and whether they were slow.
+    squares: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # (b, 1, m), (b, 1, 1)
+    """The same by conjugate gradients through the kernel; and where they were slow.
 
     A factorization costs as much as about n / 4 products.
     """
+    kernel, _, rows, _ = system
     w = u.square() / rows
-    diagonal = (sums - v.square() * _times(w, kernel.square())).clamp_min(1e-10)
+    squares = kernel.square() if squares is None else squares
+    diagonal = (sums - v.square() * _times(w, squares)).clamp_min(1e-10)
     x, r = torch.zeros_like(b), b
     z = r / diagonal
     p, rz = z, (r * z).sum(-1, keepdim=True)
     largest = r.abs().amax(-1, keepdim=True)
     for _ in range(max(32, kernel.shape[-1] // 4)):
         if bool((largest <= stop).all()):
-            return x, False
+            break
         ap = sums * p - v * _times(w * _times(v * p, kernel.mT), kernel)
         step = rz / (p * ap).sum(-1, keepdim=True).clamp_min(1e-300)
         step = torch.where(largest > stop, step, 0.0)
@@ -374,4 +513,4 @@ def _conjugate_gradients(
         rz, last = (r * z).sum(-1, keepdim=True), rz
         p = z + rz / last.clamp_min(1e-300) * p
         largest = r.abs().amax(-1, keepdim=True)
-    return x, True
+    return x, ~(largest <= stop)  # NaN too

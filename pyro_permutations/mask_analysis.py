@@ -150,9 +150,13 @@ def _hall(allowed: BoolArray, matching: IntArray, element: tuple[int, ...]) -> s
         pairs = _too_few(allowed, rows, "rows", "columns")
     else:
         pairs = _too_few(allowed.T, columns, "columns", "rows")
+    hint = ""
+    if not (allowed.any(-1).all() and allowed.any(-2).all()):
+        hint = " (Padding of a square has as many empty rows as columns; else say what"
+        hint += " may stay unmatched.)"
     return (
         f"mask has no perfect matching: {pairs}{_where(element)}. Allow more pairs"
-        " for them."
+        f" for them.{hint}"
     )
 
 

@@ -257,46 +257,47 @@ def best_assignments(
     """
     b, n, m = scores.shape
     finite = np.isfinite(scores)
-    size = np.abs(scores, where=finite, out=np.zeros_like(scores))
-    if size.max(initial=0) > 1e290:  # keep the sums of n scores finite
+    every = bool(finite.all())
+    low = (scores if every else np.where(finite, scores, 0.0)).min(initial=0)
+    if max(scores.max(initial=0), -low) > 1e290:  # keep the sums of n scores finite
         scores = np.ldexp(scores, -64)
     perm = np.full((b, n), IMPOSSIBLE)
-    square = free is None and n == m
-    if square and lapjvr_batch is not None and finite.all() and perm.size:
+    if free is None and n == m and lapjvr_batch is not None and every and perm.size:
         threads = torch.get_num_threads()
         _, _, found = lapjvr_batch(-scores, n_threads=threads)
         perm[:] = found
         return perm
+    rows, columns = may_stay_unmatched(finite) if free is None else free
+    # Where every row is matched, and every column or any, scipy needs no help.
+    bound = ~rows.any(-1) & (columns.all(-1) | (n == m)) & (n <= m)
     for k, each in enumerate(scores):
         with suppress(ValueError):  # "cost matrix is infeasible"
-            if square and finite[k].all():
+            if bound[k]:
                 perm[k] = linear_sum_assignment(each, maximize=True)[1]
             else:
-                one = None if free is None else (free[0][k], free[1][k])
-                perm[k] = _assignment(each, finite[k], one)
+                perm[k] = _assignment(each, finite[k], (rows[k], columns[k]))
     return perm
 
 
 def _assignment(
     scores: NDArray[np.float64],  # (n, m)
     finite: NDArray[np.bool_],  # (n, m)
-    free: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None,
+    free: tuple[NDArray[np.bool_], NDArray[np.bool_]],  # (n,), (m,)
 ) -> NDArray[np.int64]:  # (n,)
     """One assignment of what can be matched; raises ValueError if there is none."""
+    if free[0].all() and free[1].all():
+        # What is worth less than to stay unmatched is as good as that, and taken apart.
+        i, j = linear_sum_assignment(scores.clip(0), maximize=True)
+        perm = np.full(len(scores), -1)
+        perm[i] = np.where(scores[i, j] > 0, j, -1)
+        return perm
     full, wide = finite.any(1), finite.any(0)
-    if free is None:
-        free = may_stay_unmatched(finite)
     i, j = np.flatnonzero(full | ~free[0]), np.flatnonzero(wide | ~free[1])
     scores, rows, columns = scores[np.ix_(i, j)], free[0][i], free[1][j]
     perm = np.full(full.size, -1)
     bound = not rows.any() and (i.size == j.size or bool(columns.all()))
     if bound and i.size <= j.size:
         perm[i] = j[linear_sum_assignment(scores, maximize=True)[1]]
-    elif rows.all() and columns.all():
-        # What is worth less than to stay unmatched is as good as that, and taken apart.
-        a, b = linear_sum_assignment(scores.clip(0), maximize=True)
-        gain = scores[a, b] > 0
-        perm[i[a[gain]]] = j[b[gain]]
     else:
         # Unmatched is matched to a dummy of one's own; dummies go with any dummy.
         apart = (

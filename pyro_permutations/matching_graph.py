@@ -277,9 +277,9 @@ def matching_graph(
 
     Every row is matched to one column, and every column to one row if there are as
     many; of more columns than rows some stay unmatched. ``unmatched`` says instead
-    which may. A row or column of which no pair is allowed is padding: it stays
-    unmatched, and is not counted. (Where the shape is square, padding has to be, too:
-    else one such row is an error.)
+    which may. Where it does not, a row or column without an allowed pair is padding: it
+    stays unmatched, and is not counted. (In a square shape only if these are as many
+    rows as columns; else such a row is an error.)
 
     A cell is kept if some matching uses it (total support): with one at hand these are
     the cells whose row and column lie in one strongly connected component of its
@@ -324,8 +324,8 @@ def matching_graph(
         return matching_graph(mask.allowed, (n, m), device, unmatched=free)
     if n > m and unmatched is None:
         raise ValueError(
-            f"expected no more rows than columns, got {n} and {m}: every row is "
-            "matched to a column of its own. Transpose the problem, or say what may "
+            f"expected logits of no more rows than columns, got {n} and {m}: every row "
+            "is matched to a column of its own. Transpose the problem, or say what may "
             "stay unmatched (unmatched=...)."
         )
     place = None if device is None else torch.device(device)
@@ -403,13 +403,9 @@ def _from_bits(
 ) -> MatchingGraph:
     allowed = _bools(bits, shape)
     if free is not None:
-        rows, columns = (
-            _bools(free[0], shape[:-1]),
-            _bools(free[1], (*shape[:-2], shape[-1])),
-        )
-        # What has no pair is padding, and as unmatched as it can be.
+        wide = (*shape[:-2], shape[-1])
         return _build(
-            allowed, (rows | ~allowed.any(-1), columns | ~allowed.any(-2)), device
+            allowed, (_bools(free[0], shape[:-1]), _bools(free[1], wide)), device
         )
     n, m = shape[-2:]
     if n == m and allowed.all():

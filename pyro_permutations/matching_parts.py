@@ -18,10 +18,10 @@ from pyro_permutations.matching_graph import MatchingGraph, matching_graph
 
 # A row or column with fewer cells than this makes its component thin.
 _THIN = 4
-# Parts are solved one by one if that leaves at most this share of the cubic cost, and
-# if the problem is large enough for cost to be more than the calls.
+# Parts are solved one by one if that leaves at most this share of the cubic cost, where
+# a call costs as much as this by itself (16 x 100 in 16 sizes takes as long as whole).
 _WORTHWHILE = 0.6
-_SMALLEST = 32
+_CALL = 7e5
 
 
 class Part(NamedTuple):
@@ -147,8 +147,9 @@ def _cells(graph: MatchingGraph, device: str) -> Tensor:
 @lru_cache(maxsize=64)
 def _pays(graph: MatchingGraph, device: str) -> bool:
     n, m = graph.size
-    if n < _SMALLEST:
+    whole = n * m**2 * math.prod(graph.batch_shape)
+    if whole < _CALL:
         return False
     sizes = [part.graph.cells.shape for part in _parts(graph, device)]
-    apart = sum(C * s * t**2 for C, s, t in sizes)
-    return apart < _WORTHWHILE * n * m**2 * math.prod(graph.batch_shape)
+    apart = sum(_CALL + C * s * t**2 for C, s, t in sizes)
+    return apart < _WORTHWHILE * (_CALL + whole)

@@ -129,7 +129,7 @@ def _beside_slack(
         raise NotImplementedError(
             "the density is not known where a row and a column that both have to be "
             "matched are a pair of a component in which others may stay unmatched. "
-            "Give one of them a finite score for that: -20 for -inf is nearly the same."
+            "Give one of them a finite score for that, well below those of its pairs."
         )
     # Of a density below exp(-exp(600)) no more need be known.
     fixed = support * rows[..., :, None] * columns[..., None, :]

@@ -46,7 +46,7 @@ def checked(
     if _any(~torch.isfinite(scores.detach().sum())):
         forbidden = logits == -torch.inf
         given = torch.ones(shape, dtype=torch.bool, device=logits.device)
-        if isinstance(mask, MatchingGraph):
+        if isinstance(mask, MatchingGraph) and unmatched is None:
             given = mask.allowed
             free = (mask.free_rows, mask.free_columns) if mask.has_slack else free
         elif mask is not None:

@@ -347,7 +347,12 @@ class ContrastsTransform(Transform):
         """Shape of the vector for a shape of Z."""
         graph = self.graph
         if graph is None:
-            _check_matrices(shape)
+            if len(shape) < 2 or shape[-1] != shape[-2]:
+                raise ValueError(
+                    f"expected a shape (*batch, n, n), got {tuple(shape)}. For other "
+                    "shapes pass matching_graph(None, (n, m)) as the mask, here or in "
+                    "doubly_stochastic(mask)."
+                )
             return torch.Size((*shape[:-2], (shape[-2] - 1) * (shape[-1] - 1)))
         lead = torch.broadcast_shapes(shape[:-2], graph.batch_shape)
         return torch.Size((*lead, self._dim))

@@ -33,12 +33,12 @@ def relative_scores(
     if not isinstance(unmatched, tuple | list) or len(unmatched) != 2:
         raise ValueError(
             "unmatched must be a pair of scores, (rows, columns), each a number or a "
-            f"tensor, got {type(unmatched).__name__}."
+            f"tensor, got {_kind(unmatched)}."
         )
     n, m = logits.shape[-2:]
     rows = _vector(unmatched[0], n, logits, "rows")
     columns = _vector(unmatched[1], m, logits, "columns")
-    free = rows > -torch.inf, columns > -torch.inf
+    free = _finite(rows), _finite(columns)
     rows, columns = (
         torch.where(known, score, 0)
         for known, score in zip(free, (rows, columns), strict=True)
@@ -46,8 +46,29 @@ def relative_scores(
     return logits - rows[..., :, None] - columns[..., None, :], free
 
 
+def _kind(given: object) -> str:
+    sizes = f" of {len(given)}" if isinstance(given, tuple | list) else ""
+    return type(given).__name__ + sizes
+
+
+def _finite(vector: Tensor) -> Tensor:
+    """Which scores are not -inf; all, where no value may be looked at."""
+    finite = vector > -torch.inf
+    try:
+        finite.tolist()
+    except RuntimeError:  # under torch.func.vmap
+        return torch.ones(vector.shape[-1:], dtype=torch.bool, device=vector.device)
+    return finite
+
+
 def _vector(score: Tensor | float, size: int, logits: Tensor, name: str) -> Tensor:
-    vector = torch.as_tensor(score, dtype=logits.dtype, device=logits.device)
+    try:
+        vector = torch.as_tensor(score, dtype=logits.dtype, device=logits.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"unmatched {name} must be a number or a tensor, got "
+            f"{type(score).__name__}."
+        ) from None
     if vector.dim() == 0:
         vector = vector.expand(size)
     if vector.shape[-1] != size:

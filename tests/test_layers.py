@@ -19,7 +19,6 @@ NO_PYRO = ("pyro",)
 NO_INFERENCE = ("pyro.infer", "pyro.poutine", "pyro.optim", "pyro.contrib")
 LAYERS = [
     ("warnings", NUMERICS),
-    ("link_count", NUMERICS),
     ("mask_analysis", NUMERICS),
     ("matching_graph", NUMERICS),
     ("unmatched_scores", NUMERICS),
@@ -39,6 +38,7 @@ LAYERS = [
     ("carried_log", NO_PYRO),
     ("constraints", NO_PYRO),
     ("transforms", NO_PYRO),
+    ("link_count", NO_PYRO),
     ("distributions", NO_INFERENCE),
     ("posterior", NUMERICS),
     ("plot", NUMERICS),

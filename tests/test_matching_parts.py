@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from pyro_permutations import matching_parts
 from pyro_permutations.matching_graph import matching_graph
 from pyro_permutations.matching_parts import falls_apart, parts, put, take
 from pyro_permutations.sinkhorn import log_scaling, log_sinkhorn, sinkhorn
@@ -29,6 +31,15 @@ def two_masks() -> Tensor:
             start += size
         mask.copy_(mask[torch.randperm(40)][:, torch.randperm(40)])
     return masks
+
+
+@pytest.fixture(autouse=True)
+def calls_are_free(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """So that small problems are taken apart, too."""
+    monkeypatch.setattr(matching_parts, "_CALL", 0.0)
+    matching_parts._pays.cache_clear()
+    yield
+    matching_parts._pays.cache_clear()
 
 
 def whole(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

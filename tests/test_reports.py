@@ -283,7 +283,7 @@ def test_invalid_input_is_named_at_once() -> None:
     infinite = torch.zeros(4, 4)
     infinite[0, 0] = torch.inf
     start = time.perf_counter()
-    for bad in (nan, infinite, torch.zeros(3, 5)):
+    for bad in (nan, infinite, torch.zeros(5, 3)):
         for call in (
             log_sinkhorn,
             matching,

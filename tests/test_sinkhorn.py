@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
 from functools import partial
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
+from benchmarks.sinkhorn import peak_bytes
+from pyro_permutations import sinkhorn_solvers
+from pyro_permutations.kernel_scaling import scale_kernel
 from pyro_permutations.matching import matching
 from pyro_permutations.matching_graph import matching_graph
 from pyro_permutations.sinkhorn import log_scaling, log_sinkhorn, sinkhorn
@@ -25,6 +29,7 @@ SUMS = 1e-6  # the documented default tolerance on every row and column sum
 FLOAT32_SUMS = 1e-5  # the same after each of up to 300 cells is rounded to 6e-8
 LOG_VALUES = 1e-6  # log P and log T against high precision, absolute, in nats
 UNROLLED = 1e-8  # the unrolled loop is run until it stands still in double precision
+GRADIENTS = 1e-6  # relative to the largest entry of the gradient, at temperature .1 too
 CELLS = 1e-5  # cells of two matrices that both have their sums within 1e-6
 EXACT = 1e-12  # identities that hold up to the rounding of double precision
 SECONDS = 1.0  # structure and bad input are dealt with at once
@@ -479,6 +484,30 @@ def test_gradient_of_many_items(tau: float) -> None:
     assert abs((x.grad * direction).sum() - expected) < 1e-3 * (1 + abs(expected))
 
 
+@pytest.mark.parametrize("tau", [1.0, 0.3, 0.1])
+def test_gradients_are_those_of_the_limit(tau: float) -> None:
+    """Ten items. Sums within the tolerance are not enough at low temperatures, where
+    gradients magnify their errors: many matrices, against the logarithm's gradient,
+    and that against differences in high precision along a direction."""
+    X, weight = scores(256, 10, 10).requires_grad_(), torch.randn(256, 10, 10)
+    gradients = [
+        torch.autograd.grad((f(X, tau) * weight).sum(), X)[0]
+        for f in (sinkhorn, lambda *x: log_sinkhorn(*x).exp())
+    ]
+    error = (gradients[0] - gradients[1]).abs().amax((-2, -1))
+    assert (error / gradients[1].abs().amax((-2, -1))).max() < GRADIENTS
+    step = 1e-4 * tau * torch.randn(10, 10).sign()  # truncation is its square
+    x, weight = X[0].detach(), weight[0]
+    up, down = (oracles.precise_sinkhorn(x + h, tau) for h in (step, -step))
+    for function in (sinkhorn, lambda *x: log_sinkhorn(*x).exp(), log_sinkhorn):
+        x = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad((function(x, tau) * weight).sum(), x)
+        change = up - down if function is log_sinkhorn else up.exp() - down.exp()
+        expected = (change * weight).sum() / 2
+        size = g.abs().max() * step.abs().max()
+        assert abs((g * step).sum() - expected) < GRADIENTS * size
+
+
 def test_gradient_at_tiny_temperature_of_nearly_tied_scores() -> None:
     values = torch.tensor([0.1, 0.3, 0.5, 0.03, 0.2, 0.15, 0.65, 0.7, 0.9])
     X = torch.outer(values, torch.arange(1.0, 10.0)).requires_grad_()
@@ -526,6 +555,63 @@ def test_memory_does_not_grow_with_the_iterations() -> None:
     easy, hard = kept(10.0), kept(0.01)
     assert easy == hard
     assert easy <= 10 * 20 * 20  # a handful of matrices
+
+
+@pytest.mark.parametrize(("batch", "n"), [(16, 100), (2, 278)])
+def test_memory_is_that_of_a_few_matrices(batch: int, n: int) -> None:
+    """At most 16 times the scores in float32, at the peak of forward and backward."""
+    X, weight = scores(batch, n, n), torch.randn(batch, n, n)
+
+    def gradient() -> Tensor:
+        leaf = X.clone().requires_grad_()
+        return torch.autograd.grad((sinkhorn(leaf, 0.01) * weight).sum(), leaf)[0]
+
+    assert peak_bytes(gradient) < 16 * 4 * X.numel()
+
+
+# Speed: what is counted here does not depend on the machine
+
+
+@pytest.mark.parametrize(("tau", "most"), [(1.0, 12), (0.1, 22), (0.01, 36)])
+@pytest.mark.parametrize("size", [(64, 10), (16, 100), (2, 278)])
+def test_few_steps_and_no_fallback(
+    size: tuple[int, int], tau: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def solve(*_: object, **__: object) -> None:
+        raise AssertionError("the fast solver was not enough")
+
+    module = sys.modules["pyro_permutations.sinkhorn"]
+    assert module.solve is sinkhorn_solvers.solve
+    monkeypatch.setattr(module, "solve", solve)
+    batch, n = size
+    X, one = scores(batch, n, n), torch.ones(batch, 1, n)
+    assert residual(sinkhorn(X, tau)) <= SUMS
+    scaling = scale_kernel(X / tau, one, one, SUMS, slack=False, masked=False)
+    assert scaling.iterations <= most
+
+
+def test_quick_elements_do_not_wait_for_slow_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Matrix entries that products with vectors read: little more than separately."""
+    module = sys.modules["pyro_permutations.kernel_scaling"]
+    times, read = module._times, [0]
+
+    def counted(x: Tensor, matrix: Tensor) -> Tensor:
+        read[0] += matrix.numel()
+        return times(x, matrix)
+
+    def entries(X: Tensor, tau: Tensor | float) -> int:
+        read[0] = 0
+        sinkhorn(X, tau)
+        return read[0]
+
+    monkeypatch.setattr(module, "_times", counted)
+    X = scores(16, 100, 100)
+    tau = torch.ones(16)
+    tau[3] = 0.01
+    apart = entries(X[tau == 1], 1.0) + entries(X[3], 0.01)
+    assert entries(X, tau) < 1.3 * apart
 
 
 # Program transformations

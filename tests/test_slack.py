@@ -8,6 +8,7 @@ import copy
 import math
 import pickle
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,14 @@ import torch
 from scipy.integrate import quad
 from test_certificates import imbalance
 from torch import Tensor
-from torch.distributions import Poisson, biject_to, transform_to
+from torch.distributions import (
+    Binomial,
+    Categorical,
+    Poisson,
+    biject_to,
+    constraints,
+    transform_to,
+)
 from torch.func import grad, vmap
 
 from pyro_permutations import (
@@ -69,8 +77,7 @@ def solvable(seeds: range) -> list[tuple[int, Tensor, MatchingGraph]]:
     found = []
     for seed in seeds:
         X, mask, free = problem(seed)
-        padded = free[0] | ~mask.any(-1), free[1] | ~mask.any(-2)
-        arrays = mask.numpy(), padded[0].numpy(), padded[1].numpy()
+        arrays = mask.numpy(), free[0].numpy(), free[1].numpy()
         if len(oracles.partial_matchings(*arrays)):
             shape = X.shape[0], X.shape[1]
             found.append((seed, X, matching_graph(mask, shape, unmatched=free)))
@@ -317,8 +324,8 @@ def test_indices_and_matrices() -> None:
     assert torch.equal(to_indices(P), perm)
     assert permutation_matrix.check(P).tolist() == [False, True]
     free = torch.ones(2).bool(), torch.ones(5).bool()
-    partial = permutation_matrix(matching_graph(None, (2, 5), unmatched=free))
-    assert partial.check(P).all()
+    partly = permutation_matrix(matching_graph(None, (2, 5), unmatched=free))
+    assert partly.check(P).all()
 
 
 # The density
@@ -441,10 +448,10 @@ def test_expected_ratio_is_one(shape, unmatched, masked) -> None:
 
 def test_invariances() -> None:
     X, a, b = torch.randn(3, 5), torch.randn(3), torch.randn(5)
-    partial = GumbelSinkhorn(X, 0.5, unmatched=(a, b))
-    P = partial.rsample()
+    loose = GumbelSinkhorn(X, 0.5, unmatched=(a, b))
+    P = loose.rsample()
     same = GumbelSinkhorn(X - a[:, None] - b, 0.5, unmatched=BOTH)
-    assert torch.allclose(partial.log_prob(P), same.log_prob(P), rtol=0, atol=1e-9)
+    assert torch.allclose(loose.log_prob(P), same.log_prob(P), rtol=0, atol=1e-9)
     injection = GumbelSinkhorn(X, 0.5)
     P = injection.rsample()
     shifted = GumbelSinkhorn(X + a[:, None], 0.5)
@@ -483,6 +490,8 @@ def test_slack_is_carried_where_it_underflows() -> None:
     P = d.rsample((5,)).float()
     P = GumbelSinkhorn(d.logits.float(), 0.002, unmatched=BOTH).rsample((5,))
     assert (P == 0).any()
+    turned = GumbelSinkhorn(d.logits.mT, 0.002, unmatched=BOTH)
+    assert torch.allclose(turned.log_prob(P.mT), d.log_prob(P))
     for value, owner in ((P, P), (P[1], P[1]), (P.expand(2, 5, 2, 3, 4), P)):
         rows, columns = slack_of(value)
         assert torch.allclose(value.sum(-1) + rows, torch.ones(()).float(), atol=1e-5)
@@ -537,6 +546,29 @@ def test_transforms_of_a_rectangle(unmatched) -> None:
     assert torch.allclose(BirkhoffTransform(0.5, d.graph).inv(d.transforms[0](Z)), Z)
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (3, 3), (4, 6)])
+@pytest.mark.parametrize("unmatched", [None, BOTH])
+def test_jacobians_against_autograd(shape, unmatched) -> None:
+    if unmatched is None and shape[0] == shape[1]:
+        pytest.skip("everything is matched")
+    mask = (torch.rand(shape) < 0.7) | (torch.eye(*shape) > 0)
+    for allowed in (None, mask):
+        d = GumbelSinkhorn(torch.zeros(shape), 0.6, mask=allowed, unmatched=unmatched)
+        Z = GumbelContrasts(d.logits, mask=d.graph).rsample()
+        free = d.graph.free.flatten()
+        if not free.any():
+            continue
+
+        def cells(z: Tensor, d=d, free=free, shape=shape) -> Tensor:
+            full = torch.zeros(free.shape).masked_scatter(free, z).reshape(shape)
+            return d.transforms[0](full).flatten()[free]
+
+        jacobian = torch.autograd.functional.jacobian(cells, Z.flatten()[free])
+        expected = torch.linalg.slogdet(jacobian)[1]
+        log_det = d.transforms[0].log_abs_det_jacobian(Z, d.transforms[0](Z))
+        assert torch.allclose(log_det, expected, rtol=0, atol=1e-10)
+
+
 def test_straight_through() -> None:
     X = torch.randn(3, 5, requires_grad=True)
     d = GumbelSinkhornStraightThrough(X, 0.5, unmatched=BOTH)
@@ -547,8 +579,23 @@ def test_straight_through() -> None:
     assert (columns <= 1).all()
     assert (rows == 0).any()
     assert torch.isfinite(d.log_prob(P)).all()
-    (gradient,) = torch.autograd.grad(P.sum(), X)
+    (gradient,) = torch.autograd.grad(P.sum(), X, retain_graph=True)
     assert (gradient != 0).all()
+    # What it lacks to one is that of the hard value, with the gradient of the soft.
+    slack, _ = slack_of(P)
+    assert torch.equal(slack.detach(), 1 - rows)
+    assert (torch.autograd.grad(slack.sum(), X)[0] != 0).all()
+
+
+@pytest.mark.filterwarnings("ignore::pyro_permutations.LostLogWarning")
+def test_values_of_a_narrower_set_are_scored() -> None:
+    """Zeros that a guide's mask made, where the model's allows more."""
+    wide = GumbelSinkhorn(torch.zeros(2, 3), 0.5, unmatched=BOTH)
+    value = GumbelSinkhorn(torch.zeros(2, 3), 0.5).rsample()
+    assert torch.isfinite(wide.log_prob(value))
+    narrow = GumbelSinkhorn(torch.zeros(3, 3), 0.5, mask=~torch.eye(3).bool())
+    full = GumbelSinkhorn(torch.zeros(3, 3), 0.5)
+    assert torch.isfinite(full.log_prob(narrow.rsample()))
 
 
 def test_mode_and_marginals() -> None:
@@ -574,6 +621,8 @@ def test_noise_kl_is_a_bound() -> None:
         bound, loose = noise_kl(q, p), noise_kl(q, p, up_to_shifts=False)
         assert difference.mean() < bound + 4 * error
         assert bound <= loose + ROUNDING
+    with pytest.raises(ValueError, match="same items that may stay"):
+        noise_kl(GumbelSinkhorn(X, 0.7), q)
     shifted = GumbelSinkhorn(X + torch.randn(2, 1), 0.7)
     assert abs(noise_kl(shifted, GumbelSinkhorn(X, 0.7))) < 1e-9
 
@@ -615,6 +664,9 @@ def test_row_22_the_masked_subset_is_the_small_problem() -> None:
     d = GumbelSinkhorn(X, 0.5, mask=mask)
     P = d.rsample()
     small = GumbelSinkhorn(X[:4, :4].detach(), 0.5)
+    noise = torch.randn(6, 6)
+    same = small.transforms[0](X[:4, :4] + noise[:4, :4])
+    assert torch.allclose(d.transforms[0](X + noise)[:4, :4], same, rtol=0, atol=1e-8)
     inner = P[:4, :4].detach().clone()
     assert torch.allclose(d.log_prob(P), small.log_prob(inner), rtol=0, atol=1e-6)
     (gradient,) = torch.autograd.grad(P.square().sum() + d.log_prob(P), X)
@@ -629,6 +681,12 @@ def test_an_accident_is_no_padding() -> None:
         GumbelSinkhorn(torch.zeros(4, 4), 0.5, mask=mask)
     with pytest.raises(ValueError, match=r"rows \{0\} can only use"):
         matching_graph(torch.zeros(2, 3).bool(), (2, 3))
+    X = torch.zeros(3, 3)
+    X[0] = -torch.inf
+    must = torch.tensor([-torch.inf, 0.0, 0.0]), 0.0
+    for function in (matching, sinkhorn):
+        with pytest.raises(ValueError, match=r"rows \{0\} can only use columns \{\}"):
+            function(X, unmatched=must)
 
 
 # Bad arguments
@@ -641,15 +699,12 @@ def test_an_accident_is_no_padding() -> None:
         ((0.0, torch.zeros(2)), r"unmatched columns must have shape .*, 4\)"),
         ((torch.zeros(5, 3), 0.0), "do not broadcast"),
         ((torch.nan, 0.0), "must not be NaN"),
+        ((None, 0.0), "must be a number or a tensor"),
         ((0.0, torch.inf), "must not be NaN or "),
     ],
 )
 def test_bad_unmatched_is_named(unmatched, message) -> None:
-    for function in (
-        sinkhorn,
-        matching,
-        lambda x, unmatched: GumbelSinkhorn(x, 0.5, unmatched=unmatched),
-    ):
+    for function in (sinkhorn, matching, partial(GumbelSinkhorn, temperature=0.5)):
         with pytest.raises(ValueError, match=message):
             function(torch.zeros(2, 3, 4), unmatched=unmatched)
 
@@ -668,6 +723,41 @@ def test_link_counts_have_the_distribution_they_are_given() -> None:
         for k, expected in enumerate(q / q.sum()):
             found = p[P.sum((-2, -1)) == k].sum()
             assert math.isclose(found, expected, abs_tol=ROUNDING)
+
+
+def test_link_counts_of_padded_problems() -> None:
+    inner = torch.rand(2, 3) / 3
+    P = torch.nn.functional.pad(inner, (0, 2, 0, 2))
+    items = torch.tensor([2, 4]), torch.tensor([3, 5])
+    padded = link_count_prior(torch.stack([P, P]), Poisson(1.0), items=items)
+    for k, value in enumerate((inner, P)):
+        expected = link_count_prior(value, Poisson(1.0))
+        assert math.isclose(padded[k], expected, abs_tol=ROUNDING)
+
+
+def test_link_counts_that_are_not_possible() -> None:
+    P = torch.eye(2, 3).requires_grad_()
+    for count in (Binomial(2, torch.tensor(0.5)), Categorical(torch.ones(3) / 3)):
+        value = link_count_prior(P, count)
+        assert torch.isfinite(value)
+        assert torch.isfinite(torch.autograd.grad(value, P)[0]).all()
+    short = Categorical(torch.tensor([0.5, 0.5]))  # at most one link
+    one = torch.zeros(2, 3).index_put(
+        (torch.tensor(0), torch.tensor(1)), torch.tensor(1.0)
+    )
+    one.requires_grad_()
+    value = link_count_prior(one, short)
+    assert math.isclose(value.detach(), math.log(0.5 / 6), abs_tol=ROUNDING)
+    assert torch.isfinite(torch.autograd.grad(value, one)[0]).all()
+    assert link_count_prior(P, short) == -torch.inf
+    with pytest.raises(ValueError, match="batch shape"):
+        link_count_prior(P, Poisson(torch.ones(3)))
+    with pytest.raises(ValueError, match="positive probability"):
+        link_count_prior(P, Many(torch.tensor(1.0)))
+
+
+class Many(Poisson):
+    support = constraints.integer_interval(5, 9)
 
 
 def test_relaxed_counts_lie_between() -> None:

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 TUTORIALS = Path(__file__).parent.parent / "tutorials"
 
@@ -32,7 +34,10 @@ CHECKS = {"worm.py": worm}
 
 
 def test_every_tutorial_is_listed() -> None:
-    assert {path.name for path in TUTORIALS.glob("*.py")} == set(CHECKS)
+    assert {path.name for path in TUTORIALS.glob("*.py")} == {
+        *CHECKS,
+        "record_linkage.py",
+    }
 
 
 @pytest.mark.parametrize("name", sorted(CHECKS))
@@ -52,3 +57,37 @@ def test_smoke_run(name: str, tmp_path: Path) -> None:
     assert "Warning" not in done.stderr, done.stderr
     assert picture.stat().st_size > 0
     CHECKS[name](done.stdout)
+
+
+def test_record_linkage(capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(TUTORIALS / "record_linkage.py"))
+    results = script["main"](["--smoke"])
+    output = capsys.readouterr().out
+
+    # The whole posterior, and that of having no partner, on both sides.
+    posterior, truth = results["posterior"], script["simulate"](14, 10, 0).truth
+    assert posterior.shape == truth.shape == (24, 24)
+    torch.testing.assert_close(
+        posterior.sum(-1) + results["alone_a"], torch.ones(24).double()
+    )
+    torch.testing.assert_close(
+        posterior.sum(0) + results["alone_b"], torch.ones(24).double()
+    )
+    # Seeds 0 to 3, 300 steps: 12 to 14 of 14 links, none wrong; independent pairs .86
+    # to .89. Those without a partner have .9 or more, where a coin has .5.
+    files = results["files"]
+    assert files["joint"]["f1"] > 0.85
+    assert files["joint"]["f1"] >= files["greedy"]["f1"]
+    assert files["joint"]["f1"] >= files["independent pairs"]["f1"]
+    assert results["alone_a"][~truth.any(1)].min() > 0.7
+    assert re.search(r"^joint .*\d", output, flags=re.MULTILINE)
+
+    # Greedy linking takes a1-b1; the right answer is a1-b2, a2-b1.
+    small = results["small"]
+    right = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).double()
+    assert abs(float(small["perfect"]["probability"]) - 0.9991) < 1e-4
+    for case in small.values():
+        torch.testing.assert_close(case["mode"], right)
+        torch.testing.assert_close(case["best"], right)
+        assert case["guide"][0, 1] > 0.7  # .85 and more
+    assert "greedy links a1-b1\n" in output

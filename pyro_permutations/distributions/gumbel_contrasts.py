@@ -155,11 +155,14 @@ class GumbelContrasts(TorchDistribution):
         cls,
         logits: Sequence[int],
         mask: Sequence[int] | None = None,
-        unmatched: object = None,
+        unmatched: Sequence[Sequence[int]] | None = None,
     ) -> tuple[torch.Size, torch.Size]:
         """Batch and event shape for given shapes of the arguments."""
         mask = logits if mask is None else mask
-        batch_shape = torch.broadcast_shapes(tuple(logits[:-2]), tuple(mask[:-2]))
+        scores = [tuple(shape[:-1]) for shape in unmatched or ()]
+        batch_shape = torch.broadcast_shapes(
+            tuple(logits[:-2]), tuple(mask[:-2]), *scores
+        )
         return batch_shape, torch.Size(logits[-2:])
 
 

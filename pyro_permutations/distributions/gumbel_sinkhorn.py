@@ -180,8 +180,8 @@ class GumbelSinkhorn(TransformedDistribution):
         return codomain
 
     @property
-    def mode(self) -> Tensor:  # (*batch, n, n)
-        """The best matching of the logits, a permutation matrix.
+    def mode(self) -> Tensor:  # (*batch, n, m)
+        """The best matching of the logits, a permutation matrix or a partial one.
 
         It is the most likely hard matching of the noise-free scores, not the maximum
         of the density, which has none inside the polytope.
@@ -197,8 +197,14 @@ class GumbelSinkhorn(TransformedDistribution):
         draws are the best matchings of noisy scores, the limit of low temperature; they
         are not draws of the probabilities exp<X, P>.
         """
-        scores = self.base_dist._noisy_scores(torch.Size((num_samples,))).detach()
-        pairs = matching(scores, mask=self.graph).mean(0).to(self.logits.dtype)
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+        total: Tensor | float = 0.0
+        for start in range(0, num_samples, 64):  # to keep the memory small
+            size = torch.Size((min(64, num_samples - start),))
+            scores = self.base_dist._noisy_scores(size).detach()
+            total = total + matching(scores, mask=self.graph).sum(0)
+        pairs = torch.as_tensor(total / num_samples).to(self.logits.dtype)
         alone = (1 - pairs.sum(-1, keepdim=True)).clamp_min(0)
         frequency = torch.cat([pairs, alone], -1)
         return frequency, (frequency * (1 - frequency) / num_samples).sqrt()
@@ -283,17 +289,18 @@ class GumbelSinkhorn(TransformedDistribution):
         logits: Sequence[int],
         temperature: Sequence[int] = (),
         mask: Sequence[int] | None = None,
-        unmatched: object = None,
+        unmatched: Sequence[Sequence[int]] | None = None,
     ) -> tuple[torch.Size, torch.Size]:
         """Batch and event shape for given shapes of the arguments."""
-        batch_shape, event_shape = GumbelContrasts.infer_shapes(logits, mask)
+        batch_shape, event_shape = GumbelContrasts.infer_shapes(logits, mask, unmatched)
         return torch.broadcast_shapes(batch_shape, tuple(temperature)), event_shape
 
 
 class GumbelSinkhornStraightThrough(GumbelSinkhorn):
     """:class:`GumbelSinkhorn` with hard samples and the gradient of the relaxed ones.
 
-    A value is exactly a permutation matrix, the best matching of the noisy scores; its
+    A value is exactly a permutation matrix, or a partial one where items may stay
+    unmatched: the best matching of the noisy scores; its
     gradient is that of the relaxed matrix that it was made from, whose log it carries.
     ``log_prob`` is the relaxed density at that matrix, so it can stand in a guide and
     a model as :class:`GumbelSinkhorn` can; it is not a probability of the permutation.

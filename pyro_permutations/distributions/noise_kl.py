@@ -67,10 +67,15 @@ def noise_kl(
             "q and p must have matrices of one size and batch shapes that broadcast, "
             f"got q of shape {tuple(q.shape())} and p of shape {tuple(p.shape())}."
         )
-    if (q.graph.support != p.graph.support).any():
+    pairs = zip(
+        (q.graph.support, *q.graph.slack_cells()),
+        (p.graph.support, *p.graph.slack_cells()),
+        strict=True,
+    )
+    if any(bool((mine != other).any()) for mine, other in pairs):
         raise ValueError(
-            "q and p must have the same mask: where q allows a pair that p forbids the "
-            "divergence is infinite."
+            "q and p must have the same mask, and the same items that may stay "
+            "unmatched: where q allows what p forbids the divergence is infinite."
         )
     graph = q.graph
     tau_q, tau_p = q.temperature.double(), p.temperature.double()
