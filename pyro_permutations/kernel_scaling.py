@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_permutations project.
 # SPDX-License-Identifier: Apache-2.0
-"""Scaling a positive kernel to given sums: Newton steps in the exp domain."""
+"""Scaling a positive kernel to given sums, at falling temperatures."""
 
 from __future__ import annotations
 
@@ -11,34 +11,32 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, threshold
 
+from pyro_permutations.kernel_newton import (
+    MOST_STEPS,
+    SMALL,
+    STAGE_TOLERANCE,
+    System,
+    Ties,
+    conjugate_gradients,
+    factorized,
+    few,
+    large,
+    newton,
+    replaced,
+    times,
+)
 from pyro_permutations.matching_graph import WIRE
 
 __all__ = ["Scaling", "scale_kernel", "solve_marginals", "spread"]
 
-# Up to this size a factorization beats conjugate gradients.
-_SMALL = 48
 # Exponents below this are raised to it: arithmetic on denormal numbers is several
 # times slower, and exp(-300) is nothing beside a row sum of one.
 _FLOOR = -300.0
-# The first temperature, in standard deviations of the scores, and the largest error of
-# a sum that a temperature on the way is left with.
+# The first temperature, in standard deviations of the scores.
 _FIRST = 0.62
-_STAGE_TOLERANCE = 0.1
-# At low temperatures gradients feel errors of the sums many times over. Errors of more
-# than this share of the tolerance are taken away, where there is a factorization.
-_SHARP = 1e-2
-_MOST_STEPS = 60
-# No potential moves further in one step; and none further than that since the kernel
-# was made, which is raised to the floor where it is less.
-_LONGEST = 20.0
 # Slack is at most one where the sums are right; on the way it is read as no more than
 # the exponential of this.
 _HIGHEST = 50.0
-_FARTHEST = 60.0
-# Elements that are done are left out where at most this share goes on, and where there
-# are more entries than this.
-_SHARE = 0.75
-_MANY = 2**15
 
 
 class Scaling(NamedTuple):
@@ -50,26 +48,6 @@ class Scaling(NamedTuple):
     iterations: int
 
 
-# What rows (b, 1, n) have in common with the slack, and columns (b, 1, m).
-_Ties = tuple[Tensor, ...]
-
-
-class _System(NamedTuple):
-    """A kernel, or its logarithm, and what its scaling is to add up to."""
-
-    kernel: Tensor  # (b, n, m)
-    leaks: _Ties | None
-    rows: Tensor  # (b, 1, n)
-    columns: Tensor  # (b, 1, m)
-
-    def at(self, index: Tensor) -> _System:
-        everyone = len(index) == len(self.kernel)
-        # Far faster than kernel[index].
-        some = self.kernel if everyone else self.kernel.index_select(0, index)
-        leaks = None if self.leaks is None else tuple(x[index] for x in self.leaks)
-        return _System(some, leaks, self.rows[index], self.columns[index])
-
-
 class _Path(NamedTuple):
     """How potentials follow the temperature."""
 
@@ -78,16 +56,6 @@ class _Path(NamedTuple):
     before: Tensor  # (b, 1, m), what it came to at the temperature before
     t_before: Tensor  # (b, 1, 1)
     direct: Tensor  # (b, 1, 1) bool, where conjugate gradients are too slow
-
-
-class _State(NamedTuple):
-    """Where the scaling of a system has come to."""
-
-    v: Tensor  # (b, 1, m)
-    u: Tensor  # (b, 1, n), so that rows are exact
-    sums: Tensor  # (b, 1, m), of columns
-    error: Tensor  # (b, 1, 1)
-    direct: Tensor  # (b, 1, 1) bool
 
 
 def scale_kernel(
@@ -121,10 +89,10 @@ def scale_kernel(
         ties = ties[0].mT - top, ties[1]
     t = torch.where(first < 2, 1.0, first)
     start = torch.zeros_like(columns)
-    direct = torch.full_like(t, scores.shape[-1] <= _SMALL, dtype=torch.bool)
-    shrink = 0.25 if scores.shape[-1] <= _SMALL else 0.5
+    direct = torch.full_like(t, scores.shape[-1] <= SMALL, dtype=torch.bool)
+    shrink = 0.25 if scores.shape[-1] <= SMALL else 0.5
     (p, g, error, *slacks), steps = _cooled(
-        _System(scores - top, ties, rows, columns),
+        System(scores - top, ties, rows, columns),
         _Path(start, t, start, t, direct),
         tol,
         shrink,
@@ -137,7 +105,7 @@ def scale_kernel(
 
 
 def _cooled(
-    system: _System,
+    system: System,
     path: _Path,
     tol: float,
     shrink: float,
@@ -152,16 +120,16 @@ def _cooled(
     while True:
         kernel, leaks = _kernel(base, potential, t, ties)
         last = t == 1
-        target = torch.where(last, tol, _STAGE_TOLERANCE)
-        state, taken = _newton(
-            _System(kernel, leaks, rows, columns), target, direct, steps == 0
+        target = torch.where(last, tol, STAGE_TOLERANCE)
+        state, taken = newton(
+            System(kernel, leaks, rows, columns), target, direct, steps == 0
         )
         v, u, _, error, direct = state
         steps += taken
         now = potential + t * v.log()
         # Not done is also where v has left the range in which the kernel holds.
         done = error <= target
-        if steps >= _MOST_STEPS:  # NaN too is given up
+        if steps >= MOST_STEPS:  # NaN too is given up
             done = torch.ones_like(done)
         going = ~(done & last)
         if not bool(going.any()):
@@ -174,7 +142,7 @@ def _cooled(
         potential = now + slope * (smaller - t)
         before = torch.where(done, now, before)
         t, t_before = smaller, torch.where(done, t, t_before)
-        if _large(kernel) and _few(going):
+        if large(kernel) and few(going):
             rest = going.flatten().nonzero()[:, 0]
             break
     if masked:  # forbidden pairs are at the floor: exp of -inf is slow, masks slower
@@ -186,25 +154,8 @@ def _cooled(
         path = _Path(potential, t, before, t_before, direct)
         some = system.at(rest), _Path(*(x[rest] for x in path))
         inner, steps = _cooled(*some, tol, shrink, steps=steps, masked=masked)
-        result = _replaced(result, rest, inner)
+        result = replaced(result, rest, inner)
     return result, steps
-
-
-def _large(kernel: Tensor) -> bool:
-    """Whether a copy costs less than the calls that make it."""
-    return kernel.numel() > _MANY
-
-
-def _few(going: Tensor) -> bool:
-    """Whether it pays to leave out the others."""
-    return int(going.count_nonzero()) <= _SHARE * len(going)
-
-
-def _replaced(
-    tensors: tuple[Tensor, ...], index: Tensor, others: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    pairs = zip(tensors, others, strict=True)
-    return tuple(x.index_copy_(0, index, y) for x, y in pairs)
 
 
 def spread(
@@ -256,22 +207,22 @@ def solve_marginals(
     if leaks is not None:
         r, c = r + leaks[0], c + leaks[1]
     one_n, one_m = torch.ones_like(r), torch.ones_like(c)
-    system = _System(p, leaks, r, c)
-    rest = b - _times(a / r, p)
-    if p.shape[-1] <= _SMALL:
-        y, _ = _factorized(system, one_n, one_m, rest)
+    system = System(p, leaks, r, c)
+    rest = b - times(a / r, p)
+    if p.shape[-1] <= SMALL:
+        y, _ = factorized(system, one_n, one_m, rest)
     else:
         stop = 1e-8 * rest.abs().amax(-1, keepdim=True)
-        y, slow = _conjugate_gradients(system, one_n, one_m, c, rest, stop)
+        y, slow = conjugate_gradients(system, one_n, one_m, c, rest, stop)
         if bool(slow.any()):
             index = slow.flatten().nonzero()[:, 0]
             some = (x[index] for x in (one_n, one_m, rest))
-            y[index], _ = _factorized(system.at(index), *some)
-    x = (a - _times(y, p.mT)) / r
+            y[index], _ = factorized(system.at(index), *some)
+    x = (a - times(y, p.mT)) / r
     return (pad(x, (0, 1)), pad(y, (0, 1))) if slack else (x, y)
 
 
-def _apart(x: Tensor) -> tuple[Tensor, _Ties]:
+def _apart(x: Tensor) -> tuple[Tensor, Ties]:
     return x[:, :-1, :-1], (x[:, None, :-1, -1], x[:, -1:, :-1])
 
 
@@ -282,8 +233,8 @@ def _together(p: Tensor, leaks: Tensor, drains: Tensor) -> Tensor:
 
 
 def _kernel(
-    base: Tensor, potential: Tensor, t: Tensor, ties: _Ties | None
-) -> tuple[Tensor, _Ties | None]:
+    base: Tensor, potential: Tensor, t: Tensor, ties: Ties | None
+) -> tuple[Tensor, Ties | None]:
     """The kernel, of unit row sums, and what leaks from rows and drains into columns.
 
     The leaks are part of the row sums. They are kept apart from the kernel because no
@@ -302,215 +253,3 @@ def _kernel(
     total += leak
     drain = ((ties[1] + potential) / t).clamp_max(_HIGHEST).exp()
     return x.div_(total), ((leak / total).mT, drain)
-
-
-def _newton(
-    system: _System, target: Tensor, direct: Tensor, mild: bool
-) -> tuple[_State, int]:
-    """Scale a kernel from nothing; and the number of steps."""
-    v = torch.ones_like(system.columns)
-    u, sums = system.rows.clone(), _times(system.rows, system.kernel)  # of unit rows
-    if system.leaks is not None:
-        sums += system.leaks[1]
-    # Sweeps converge linearly; while they cut the error they are cheaper.
-    steps = 1
-    while mild and steps < 5:
-        v = v * (system.columns / sums)
-        u, sums = _sweep(system, v)
-        steps += 1
-    state = _State(v, u, sums, _error(sums, system.columns), direct)
-    return _iterated(system, state, target, mild, steps, 0.0)
-
-
-def _iterated(
-    system: _System,
-    state: _State,
-    target: Tensor,
-    mild: bool,
-    steps: int,
-    travelled: float,
-) -> tuple[_State, int]:
-    """Steps until errors are below the target or v is far from where it was."""
-    kernel, _, _, columns = system
-    squares = factor = None
-    small = kernel.shape[-1] <= _SMALL
-    while steps < _MOST_STEPS and travelled < _FARTHEST:
-        left = state.error > target
-        if not bool(left.any()):
-            if factor is not None:
-                sharp = torch.where(target < _STAGE_TOLERANCE, _SHARP * target, target)
-                state = _sharpened(system, state, factor, sharp)
-            break
-        # On the way further steps improve what is done, for the next temperature.
-        if (
-            not small
-            and _large(kernel)
-            and _few(left := left | (target >= _STAGE_TOLERANCE))
-        ):
-            squares, index = None, left.flatten().nonzero()[:, 0]
-            some = system.at(index), _State(*(x[index] for x in state)), target[index]
-            inner, steps = _iterated(*some, mild, steps, travelled)
-            state = _State(*_replaced(state, index, inner))
-            break
-        v, u, sums, error, direct = state
-        if mild and steps < 12:
-            v = v * (columns / sums)
-            u, sums = _sweep(system, v)
-            smaller = _error(sums, columns)
-            mild = bool(((smaller < 0.6 * error) | (smaller <= target)).all())
-        else:
-            lacking = columns - sums
-            if not small and not bool(direct.all()):
-                squares = kernel.square() if squares is None else squares
-                stop = _close_enough(lacking, target)
-                stop = torch.where(direct, torch.inf, stop)
-                move, slow = _conjugate_gradients(
-                    system, u, v, sums, lacking, stop, squares
-                )
-                direct = direct | slow
-            if small or bool(direct.all()):
-                move, factor = _factorized(system, u, v, lacking)
-            elif bool(direct.any()):
-                squares, index = None, direct.flatten().nonzero()[:, 0]
-                slow_ones = (x[index] for x in (u, v, lacking))
-                move[index], _ = _factorized(system.at(index), *slow_ones)
-            length = float(move.abs().amax())
-            if length > 1.5:
-                v, sums = _line_search(system, v, lacking, move)
-                v = v * (columns / sums)
-            else:
-                v = v * move.exp()
-            travelled += min(length, _LONGEST)
-            u, sums = _sweep(system, v)
-        state = _State(v, u, sums, _error(sums, columns), direct)
-        steps += 1
-    return state, steps
-
-
-def _sharpened(
-    system: _System, state: _State, factor: Tensor, target: Tensor
-) -> _State:
-    """A few steps more with an old factor, which costs little."""
-    for _ in range(3):
-        if not bool((state.error > target).any()):
-            break
-        lacking = (system.columns - state.sums).mT
-        move = torch.cholesky_solve(lacking, factor).mT
-        v = state.v * move.clamp_(-1.0, 1.0).exp()  # what is hardly tied may run away
-        u, sums = _sweep(system, v)
-        error = _error(sums, system.columns)
-        if not bool((error <= state.error.amax()).all()):
-            break
-        state = _State(v, u, sums, error, state.direct)
-    return state
-
-
-def _times(x: Tensor, matrix: Tensor) -> Tensor:
-    """A row vector times a matrix: on CPUs far faster than the other way round."""
-    return torch.bmm(x, matrix)
-
-
-def _sweep(system: _System, v: Tensor) -> tuple[Tensor, Tensor]:
-    """U that makes the rows exact, and what the columns add up to then."""
-    kernel, leaks, rows, _ = system
-    if leaks is None:
-        u = rows / _times(v, kernel.mT)
-        return u, v * _times(u, kernel)
-    u = rows / (_times(v, kernel.mT) + leaks[0])
-    return u, v * (_times(u, kernel) + leaks[1])
-
-
-def _error(sums: Tensor, columns: Tensor) -> Tensor:  # (b, 1, 1)
-    return (sums - columns).abs().amax(-1, keepdim=True)
-
-
-def _line_search(
-    system: _System, v: Tensor, lacking: Tensor, move: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Shorten the step until the dual's slope along it has not turned too far."""
-    longest = move.abs().amax(-1, keepdim=True).clamp_min(_LONGEST)
-    length = _LONGEST / longest
-    slope = (move * lacking).sum(-1, keepdim=True)
-    for _ in range(8):
-        ahead = v * (length * move).exp()
-        _, sums = _sweep(system, ahead)
-        turned = (move * (system.columns - sums)).sum(-1, keepdim=True)
-        far = turned < -0.5 * slope
-        if not bool(far.any()):
-            break
-        secant = (slope / (slope - turned)).clamp(0.1, 0.7)
-        length = torch.where(far, length * secant, length)
-    return ahead, sums
-
-
-def _close_enough(lacking: Tensor, target: Tensor) -> Tensor:  # (b, 1, 1)
-    """How exact a direction need be: the more, the nearer to the end."""
-    error = lacking.abs().amax(-1, keepdim=True)
-    loose = (0.3 * error.sqrt()).clamp(1e-3, 0.3) * error
-    return torch.maximum(loose, 0.3 * target)
-
-
-def _factorized(
-    system: _System, u: Tensor, v: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Solve (diag(sums) - P' diag(1 / r) P) d = b for P = diag(u) K diag(v).
-
-    By Cholesky, the diagonal a sum of what is off it, with a ridge of 1e-14; slack is
-    a tie to the ground, by way of a row or of its own.
-    """
-    kernel, leaks, rows, _ = system
-    p = (kernel * (u * rows.rsqrt()).mT).mul_(v)
-    laplacian = torch.bmm(p.mT, p).neg_()
-    diagonal = laplacian.diagonal(dim1=-2, dim2=-1)
-    diagonal.zero_()
-    off = laplacian.sum(-1)
-    if leaks is not None:
-        ground = _times(leaks[0] * u * rows.rsqrt(), p) + v * leaks[1]
-        off -= ground[:, 0]
-    del p
-    diagonal.copy_(1e-14 - off)
-    ridge = 1e-14
-    factor, failed = torch.linalg.cholesky_ex(laplacian)
-    # Rounding took clusters that are hardly tied to the rest. NaN fails whatever is
-    # added, and is left to show in the errors.
-    while ridge < 1 and bool(failed.any()):
-        ridge *= 100
-        diagonal.add_(ridge * (failed > 0)[:, None])
-        factor, failed = torch.linalg.cholesky_ex(laplacian)
-    return torch.cholesky_solve(b.mT, factor).mT, factor
-
-
-def _conjugate_gradients(
-    system: _System,
-    u: Tensor,
-    v: Tensor,
-    sums: Tensor,
-    b: Tensor,
-    stop: Tensor,
-    squares: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # (b, 1, m), (b, 1, 1)
-    """The same by conjugate gradients through the kernel; and where they were slow.
-
-    A factorization costs as much as about n / 4 products.
-    """
-    kernel, _, rows, _ = system
-    w = u.square() / rows
-    squares = kernel.square() if squares is None else squares
-    diagonal = (sums - v.square() * _times(w, squares)).clamp_min(1e-10)
-    x, r = torch.zeros_like(b), b
-    z = r / diagonal
-    p, rz = z, (r * z).sum(-1, keepdim=True)
-    largest = r.abs().amax(-1, keepdim=True)
-    for _ in range(max(32, kernel.shape[-1] // 4)):
-        if bool((largest <= stop).all()):
-            break
-        ap = sums * p - v * _times(w * _times(v * p, kernel.mT), kernel)
-        step = rz / (p * ap).sum(-1, keepdim=True).clamp_min(1e-300)
-        step = torch.where(largest > stop, step, 0.0)
-        x = x + step * p
-        r = r - step * ap
-        z = r / diagonal
-        rz, last = (r * z).sum(-1, keepdim=True), rz
-        p = z + rz / last.clamp_min(1e-300) * p
-        largest = r.abs().amax(-1, keepdim=True)
-    return x, ~(largest <= stop)  # NaN too

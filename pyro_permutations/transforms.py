@@ -14,10 +14,13 @@ from __future__ import annotations
 __all__ = [
     "BirkhoffTransform",
     "ContrastsTransform",
-    "HardenTransform",
+    "Mask",
     "SinkhornTransform",
-    "carry_log",
-    "log_of",
+    "as_temperature",
+    "graph_for",
+    "log_cells",
+    "relative",
+    "with_log",
 ]
 
 import math
@@ -30,19 +33,8 @@ from torch.distributions.constraints import independent, real
 from torch.distributions.transforms import ComposeTransform, Transform
 from torch.nn.functional import pad
 
-from pyro_permutations.carried_log import (
-    carry_log,
-    log_of,
-    log_with_slack,
-    warn_if_lost,
-)
-from pyro_permutations.constraints import (
-    contrasts,
-    doubly_stochastic,
-    holds,
-    straight_through,
-)
-from pyro_permutations.matching import matching
+from pyro_permutations.carried_log import carry_log, log_with_slack, warn_if_lost
+from pyro_permutations.constraints import contrasts, doubly_stochastic, holds
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
 from pyro_permutations.sinkhorn import log_sinkhorn_with_slack
 from pyro_permutations.spanning_trees import log_spanning_trees
@@ -92,15 +84,15 @@ class SinkhornTransform(Transform):
         return hash((SinkhornTransform, self.codomain))
 
     def _call(self, x: Tensor) -> Tensor:
-        graph = _graph(self.graph, x)
+        graph = graph_for(self.graph, x)
         log_P = log_sinkhorn_with_slack(x.double(), 1.0, graph)
-        return _with_log(log_P, graph, x.dtype)
+        return with_log(log_P, graph, x.dtype)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        graph = _graph(self.graph, y)
+        graph = graph_for(self.graph, y)
         # No warning where the log is lost: the scores are a starting point, no density.
         log_P, _ = log_with_slack(y, graph)
-        return _relative(log_P, graph).to(y.dtype)
+        return relative(log_P, graph).to(y.dtype)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """Shape of P for a shape of X: batches of masks broadcast."""
@@ -186,12 +178,12 @@ class BirkhoffTransform(Transform):
         return f"BirkhoffTransform(temperature={self.temperature})"
 
     def _call(self, x: Tensor) -> Tensor:
-        graph = _graph(self.graph, x)
+        graph = graph_for(self.graph, x)
         log_P = log_sinkhorn_with_slack(x.double(), self._tau(x), graph)
-        return _with_log(log_P, graph, x.dtype)
+        return with_log(log_P, graph, x.dtype)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        graph = _graph(self.graph, y)
+        graph = graph_for(self.graph, y)
         log_P = log_cells(y, graph)
         return graph.contrasts(self.scores(log_P, graph)).to(y.dtype)
 
@@ -201,7 +193,7 @@ class BirkhoffTransform(Transform):
         y: Tensor,  # (*lead, n, m)
     ) -> Tensor:  # (*lead,)
         """The log of the volume change, with respect to the free cells."""
-        graph = _graph(self.graph, y)
+        graph = graph_for(self.graph, y)
         return self.log_volume(log_cells(y, graph), graph).to(y.dtype)
 
     def scores(
@@ -210,7 +202,7 @@ class BirkhoffTransform(Transform):
         graph: MatchingGraph,
     ) -> Tensor:  # (*lead, n, m) float64
         """Scores, up to row and column shifts, of which P is the image."""
-        return self._tau(log_P)[..., None, None] * _relative(log_P, graph)
+        return self._tau(log_P)[..., None, None] * relative(log_P, graph)
 
     def log_volume(
         self,
@@ -358,86 +350,6 @@ class ContrastsTransform(Transform):
         return torch.Size((*lead, self._dim))
 
 
-class HardenTransform(Transform):
-    """A doubly stochastic matrix to its best matching, with the gradient of the former.
-
-    The value is exactly 0 or 1 and carries the log of what it was made from, so this
-    has an inverse; its log-determinant is zero. Densities are therefore those of the
-    relaxed value. A permutation matrix that carries no log is its own inverse.
-
-    Args:
-        mask: Shape ``(*batch, n, m)``, bool, True where a pair is allowed, or a
-            :class:`~pyro_permutations.matching_graph.MatchingGraph`.
-        cache_size: As in torch: 0, or 1 to remember the last pair.
-
-    Example:
-        >>> P = SinkhornTransform()(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
-        >>> hard = HardenTransform()(P)
-        >>> hard
-        tensor([[1., 0.],
-                [0., 1.]])
-        >>> HardenTransform().inv(hard)
-        tensor([[0.622, 0.378],
-                [0.378, 0.622]])
-    """
-
-    bijective = True
-
-    def __init__(self, mask: Mask = None, cache_size: int = 0) -> None:
-        super().__init__(cache_size=cache_size)
-        self.domain = doubly_stochastic if mask is None else doubly_stochastic(mask)
-        self.codomain = straight_through if mask is None else straight_through(mask)
-        self.graph = self.domain.graph
-
-    def with_cache(self, cache_size: int = 1) -> HardenTransform:
-        """Return the transform with a cache of another size."""
-        if cache_size == self._cache_size:
-            return self
-        return HardenTransform(self.graph, cache_size)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, HardenTransform) and self.codomain == other.codomain
-
-    def __hash__(self) -> int:
-        return hash((HardenTransform, self.codomain))
-
-    def _call(self, x: Tensor) -> Tensor:
-        graph = _graph(self.graph, x)
-        log_P = log_cells(x, graph)
-        # Of log P, not of P: that is the matching of the scores, M(X + noise).
-        hard = matching(_relative(log_P, graph), mask=graph).to(x.dtype)
-        # In this order the bracket is exactly zero, and the sum exactly 0 or 1.
-        return carry_log(hard + (x - x.detach()), log_P)
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        graph = _graph(self.graph, y)
-        return _with_log(log_cells(y, graph), graph, y.dtype)
-
-    def log_abs_det_jacobian(
-        self,
-        x: Tensor,  # (*lead, n, m)
-        y: Tensor,  # (*lead, n, m)
-    ) -> Tensor:  # (*lead,)
-        """Zero: the density is that of the relaxed value."""
-        return y.new_zeros(y.shape[:-2])
-
-
-class _StraightThroughTransform(SinkhornTransform):
-    """Any score matrix to its best matching, with the gradient of Sinkhorn."""
-
-    def __init__(self, mask: Mask = None, cache_size: int = 0) -> None:
-        super().__init__(mask, cache_size)
-        self.codomain = straight_through if mask is None else straight_through(mask)
-
-    def _call(self, x: Tensor) -> Tensor:
-        hard: Tensor = HardenTransform(self.graph)(super()._call(x))
-        return hard
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        # Many scores have this matching: moderate ones, to leave Sinkhorn a gradient.
-        return y.clone()
-
-
 def as_temperature(
     temperature: float | Tensor,
     dtype: torch.dtype = torch.float64,
@@ -472,7 +384,7 @@ def log_cells(
     return log_P
 
 
-def _relative(log_P: Tensor, graph: MatchingGraph) -> Tensor:
+def relative(log_P: Tensor, graph: MatchingGraph) -> Tensor:
     """Log P on pairs, less the slack of their rows and columns; zero elsewhere.
 
     Zero in place of -inf before any product or difference: those would be NaN.
@@ -484,12 +396,14 @@ def _relative(log_P: Tensor, graph: MatchingGraph) -> Tensor:
     return torch.where(graph.support, pairs, 0)
 
 
-def _with_log(log_P: Tensor, graph: MatchingGraph, dtype: torch.dtype) -> Tensor:
+def with_log(log_P: Tensor, graph: MatchingGraph, dtype: torch.dtype) -> Tensor:
+    """P from its log, which it carries."""
     n, m = graph.shape
     return carry_log(log_P[..., :n, :m].exp().to(dtype), log_P)
 
 
-def _graph(graph: MatchingGraph | None, value: Tensor) -> MatchingGraph:
+def graph_for(graph: MatchingGraph | None, value: Tensor) -> MatchingGraph:
+    """The graph of a mask, or that of the shape of a value."""
     return matching_graph(graph, (value.shape[-2], value.shape[-1]), value.device)
 
 
@@ -527,23 +441,7 @@ def _sinkhorn_for(constraint: Any) -> SinkhornTransform:
     return SinkhornTransform(constraint.graph)
 
 
-def _no_bijection_for(constraint: Any) -> Transform:
-    raise NotImplementedError(
-        "GumbelSinkhornStraightThrough has no bijection to unconstrained space: an "
-        "autoguide or sampler would give relaxed values in place of hard ones. Use a "
-        "GumbelSinkhornStraightThrough guide for this site; or poutine.reparam(model, "
-        'config={"<site>": TransformReparam()}), whose values stay hard; or '
-        "GumbelSinkhorn, if relaxed values are meant."
-    )
-
-
-def _straight_through_for(constraint: Any) -> _StraightThroughTransform:
-    return _StraightThroughTransform(constraint.graph)
-
-
 biject_to.register(contrasts, _contrasts_for)
 transform_to.register(contrasts, _contrasts_for)
 biject_to.register(doubly_stochastic, _bijection_for)
 transform_to.register(doubly_stochastic, _sinkhorn_for)
-biject_to.register(straight_through, _no_bijection_for)
-transform_to.register(straight_through, _straight_through_for)

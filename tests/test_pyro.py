@@ -49,6 +49,7 @@ from pyro.infer.reparam import AutoReparam, TransformReparam
 from pyro.optim import Adam
 from torch import Tensor
 
+from pyro_permutations.carried_log import log_of
 from pyro_permutations.constraints import doubly_stochastic, permutation_matrix
 from pyro_permutations.distributions import (
     GumbelContrasts,
@@ -56,7 +57,6 @@ from pyro_permutations.distributions import (
     GumbelSinkhornStraightThrough,
 )
 from pyro_permutations.matching import matching, to_indices
-from pyro_permutations.transforms import log_of
 from pyro_permutations.warnings import LostLogWarning
 
 SAME = 1e-6  # one seed, one loss: relative, over two orders of the same sums

@@ -24,6 +24,7 @@ from pyro.optim import Adam
 from torch import Tensor
 
 import pyro_permutations.distributions as ours
+from pyro_permutations.carried_log import log_of
 from pyro_permutations.constraints import doubly_stochastic
 from pyro_permutations.distributions import (
     GumbelSinkhorn,
@@ -31,7 +32,6 @@ from pyro_permutations.distributions import (
 )
 from pyro_permutations.matching import matching, to_indices, to_matrix
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
-from pyro_permutations.transforms import log_of
 
 SIGMAS = 4.5  # standard errors that a random test allows
 SECONDS = 1.0  # bad input is refused at once

@@ -17,6 +17,7 @@ from torch.distributions import biject_to, transform_to
 from torch.distributions.transforms import ComposeTransform
 from torch.func import jacrev, vmap
 
+from pyro_permutations.carried_log import carry_log, log_of
 from pyro_permutations.constraints import (
     contrasts,
     doubly_stochastic,
@@ -29,8 +30,6 @@ from pyro_permutations.transforms import (
     BirkhoffTransform,
     ContrastsTransform,
     SinkhornTransform,
-    carry_log,
-    log_of,
 )
 from pyro_permutations.warnings import LostLogWarning
 

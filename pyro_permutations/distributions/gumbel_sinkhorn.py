@@ -24,11 +24,11 @@ from pyro_permutations.distributions.gumbel_contrasts import (
     GumbelContrasts,
     scores_on_graph,
 )
+from pyro_permutations.harden_transform import HardenTransform
 from pyro_permutations.matching import matching
 from pyro_permutations.matching_graph import MatchingGraph
 from pyro_permutations.transforms import (
     BirkhoffTransform,
-    HardenTransform,
     as_temperature,
     log_cells,
 )

@@ -19,6 +19,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Gumbel, kl_divergence
 
+from pyro_permutations.carried_log import carry_log, log_of
 from pyro_permutations.constraints import doubly_stochastic
 from pyro_permutations.distributions import (
     GumbelContrasts,
@@ -29,7 +30,6 @@ from pyro_permutations.distributions import (
 from pyro_permutations.matching import matching
 from pyro_permutations.matching_graph import matching_graph
 from pyro_permutations.spanning_trees import log_spanning_trees
-from pyro_permutations.transforms import carry_log, log_of
 from pyro_permutations.warnings import LostLogWarning
 
 CLOSED_FORM = 1e-8  # of two items, relative to 1 + |log p|

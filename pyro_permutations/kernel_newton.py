@@ -1,0 +1,302 @@
+# Copyright Contributors to the pyro_permutations project.
+# SPDX-License-Identifier: Apache-2.0
+"""Newton steps that scale a positive kernel of unit row sums."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "MOST_STEPS",
+    "SMALL",
+    "STAGE_TOLERANCE",
+    "State",
+    "System",
+    "Ties",
+    "conjugate_gradients",
+    "factorized",
+    "few",
+    "large",
+    "newton",
+    "replaced",
+    "times",
+]
+
+# Up to this size a factorization beats conjugate gradients.
+SMALL = 48
+# The largest error of a sum that a temperature on the way is left with.
+STAGE_TOLERANCE = 0.1
+MOST_STEPS = 60
+# At low temperatures gradients feel errors of the sums many times over. Errors of more
+# than this share of the tolerance are taken away, where there is a factorization.
+_SHARP = 1e-2
+# No potential moves further in one step; and none further than that since the kernel
+# was made, which is raised to a floor where it is less.
+_LONGEST = 20.0
+_FARTHEST = 60.0
+# Elements that are done are left out where at most this share goes on, and where there
+# are more entries than this.
+_SHARE = 0.75
+_MANY = 2**15
+
+
+# What rows (b, 1, n) have in common with the slack, and columns (b, 1, m).
+Ties = tuple[Tensor, ...]
+
+
+class System(NamedTuple):
+    """A kernel, or its logarithm, and what its scaling is to add up to."""
+
+    kernel: Tensor  # (b, n, m)
+    leaks: Ties | None
+    rows: Tensor  # (b, 1, n)
+    columns: Tensor  # (b, 1, m)
+
+    def at(self, index: Tensor) -> System:
+        """The systems of some batch elements."""
+        everyone = len(index) == len(self.kernel)
+        # Far faster than kernel[index].
+        some = self.kernel if everyone else self.kernel.index_select(0, index)
+        leaks = None if self.leaks is None else tuple(x[index] for x in self.leaks)
+        return System(some, leaks, self.rows[index], self.columns[index])
+
+
+class State(NamedTuple):
+    """Where the scaling of a system has come to."""
+
+    v: Tensor  # (b, 1, m)
+    u: Tensor  # (b, 1, n), so that rows are exact
+    sums: Tensor  # (b, 1, m), of columns
+    error: Tensor  # (b, 1, 1)
+    direct: Tensor  # (b, 1, 1) bool
+
+
+def newton(
+    system: System, target: Tensor, direct: Tensor, mild: bool
+) -> tuple[State, int]:
+    """Scale a kernel from nothing; and the number of steps."""
+    v = torch.ones_like(system.columns)
+    u, sums = system.rows.clone(), times(system.rows, system.kernel)  # of unit rows
+    if system.leaks is not None:
+        sums += system.leaks[1]
+    # Sweeps converge linearly; while they cut the error they are cheaper.
+    steps = 1
+    while mild and steps < 5:
+        v = v * (system.columns / sums)
+        u, sums = _sweep(system, v)
+        steps += 1
+    state = State(v, u, sums, _error(sums, system.columns), direct)
+    return _iterated(system, state, target, mild, steps, 0.0)
+
+
+def few(going: Tensor) -> bool:
+    """Whether it pays to leave out the others."""
+    return int(going.count_nonzero()) <= _SHARE * len(going)
+
+
+def large(kernel: Tensor) -> bool:
+    """Whether a copy costs less than the calls that make it."""
+    return kernel.numel() > _MANY
+
+
+def replaced(
+    tensors: tuple[Tensor, ...], index: Tensor, others: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Tensors with those of some batch elements put in their places."""
+    pairs = zip(tensors, others, strict=True)
+    return tuple(x.index_copy_(0, index, y) for x, y in pairs)
+
+
+def times(x: Tensor, matrix: Tensor) -> Tensor:
+    """A row vector times a matrix: on CPUs far faster than the other way round."""
+    return torch.bmm(x, matrix)
+
+
+def factorized(
+    system: System, u: Tensor, v: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Solve (diag(sums) - P' diag(1 / r) P) d = b for P = diag(u) K diag(v).
+
+    By Cholesky, the diagonal a sum of what is off it, with a ridge of 1e-14; slack is
+    a tie to the ground, by way of a row or of its own.
+    """
+    kernel, leaks, rows, _ = system
+    p = (kernel * (u * rows.rsqrt()).mT).mul_(v)
+    laplacian = torch.bmm(p.mT, p).neg_()
+    diagonal = laplacian.diagonal(dim1=-2, dim2=-1)
+    diagonal.zero_()
+    off = laplacian.sum(-1)
+    if leaks is not None:
+        ground = times(leaks[0] * u * rows.rsqrt(), p) + v * leaks[1]
+        off -= ground[:, 0]
+    del p
+    diagonal.copy_(1e-14 - off)
+    ridge = 1e-14
+    factor, failed = torch.linalg.cholesky_ex(laplacian)
+    # Rounding took clusters that are hardly tied to the rest. NaN fails whatever is
+    # added, and is left to show in the errors.
+    while ridge < 1 and bool(failed.any()):
+        ridge *= 100
+        diagonal.add_(ridge * (failed > 0)[:, None])
+        factor, failed = torch.linalg.cholesky_ex(laplacian)
+    return torch.cholesky_solve(b.mT, factor).mT, factor
+
+
+def conjugate_gradients(
+    system: System,
+    u: Tensor,
+    v: Tensor,
+    sums: Tensor,
+    b: Tensor,
+    stop: Tensor,
+    squares: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # (b, 1, m), (b, 1, 1)
+    """The same by conjugate gradients through the kernel; and where they were slow.
+
+    A factorization costs as much as about n / 4 products.
+    """
+    kernel, _, rows, _ = system
+    w = u.square() / rows
+    squares = kernel.square() if squares is None else squares
+    diagonal = (sums - v.square() * times(w, squares)).clamp_min(1e-10)
+    x, r = torch.zeros_like(b), b
+    z = r / diagonal
+    p, rz = z, (r * z).sum(-1, keepdim=True)
+    largest = r.abs().amax(-1, keepdim=True)
+    for _ in range(max(32, kernel.shape[-1] // 4)):
+        if bool((largest <= stop).all()):
+            break
+        ap = sums * p - v * times(w * times(v * p, kernel.mT), kernel)
+        step = rz / (p * ap).sum(-1, keepdim=True).clamp_min(1e-300)
+        step = torch.where(largest > stop, step, 0.0)
+        x = x + step * p
+        r = r - step * ap
+        z = r / diagonal
+        rz, last = (r * z).sum(-1, keepdim=True), rz
+        p = z + rz / last.clamp_min(1e-300) * p
+        largest = r.abs().amax(-1, keepdim=True)
+    return x, ~(largest <= stop)  # NaN too
+
+
+def _iterated(
+    system: System,
+    state: State,
+    target: Tensor,
+    mild: bool,
+    steps: int,
+    travelled: float,
+) -> tuple[State, int]:
+    """Steps until errors are below the target or v is far from where it was."""
+    kernel, _, _, columns = system
+    squares = factor = None
+    small = kernel.shape[-1] <= SMALL
+    while steps < MOST_STEPS and travelled < _FARTHEST:
+        left = state.error > target
+        if not bool(left.any()):
+            if factor is not None:
+                sharp = torch.where(target < STAGE_TOLERANCE, _SHARP * target, target)
+                state = _sharpened(system, state, factor, sharp)
+            break
+        # On the way further steps improve what is done, for the next temperature.
+        if (
+            not small
+            and large(kernel)
+            and few(left := left | (target >= STAGE_TOLERANCE))
+        ):
+            squares, index = None, left.flatten().nonzero()[:, 0]
+            some = system.at(index), State(*(x[index] for x in state)), target[index]
+            inner, steps = _iterated(*some, mild, steps, travelled)
+            state = State(*replaced(state, index, inner))
+            break
+        v, u, sums, error, direct = state
+        if mild and steps < 12:
+            v = v * (columns / sums)
+            u, sums = _sweep(system, v)
+            smaller = _error(sums, columns)
+            mild = bool(((smaller < 0.6 * error) | (smaller <= target)).all())
+        else:
+            lacking = columns - sums
+            if not small and not bool(direct.all()):
+                squares = kernel.square() if squares is None else squares
+                stop = _close_enough(lacking, target)
+                stop = torch.where(direct, torch.inf, stop)
+                move, slow = conjugate_gradients(
+                    system, u, v, sums, lacking, stop, squares
+                )
+                direct = direct | slow
+            if small or bool(direct.all()):
+                move, factor = factorized(system, u, v, lacking)
+            elif bool(direct.any()):
+                squares, index = None, direct.flatten().nonzero()[:, 0]
+                slow_ones = (x[index] for x in (u, v, lacking))
+                move[index], _ = factorized(system.at(index), *slow_ones)
+            length = float(move.abs().amax())
+            if length > 1.5:
+                v, sums = _line_search(system, v, lacking, move)
+                v = v * (columns / sums)
+            else:
+                v = v * move.exp()
+            travelled += min(length, _LONGEST)
+            u, sums = _sweep(system, v)
+        state = State(v, u, sums, _error(sums, columns), direct)
+        steps += 1
+    return state, steps
+
+
+def _sharpened(system: System, state: State, factor: Tensor, target: Tensor) -> State:
+    """A few steps more with an old factor, which costs little."""
+    for _ in range(3):
+        if not bool((state.error > target).any()):
+            break
+        lacking = (system.columns - state.sums).mT
+        move = torch.cholesky_solve(lacking, factor).mT
+        v = state.v * move.clamp_(-1.0, 1.0).exp()  # what is hardly tied may run away
+        u, sums = _sweep(system, v)
+        error = _error(sums, system.columns)
+        if not bool((error <= state.error.amax()).all()):
+            break
+        state = State(v, u, sums, error, state.direct)
+    return state
+
+
+def _sweep(system: System, v: Tensor) -> tuple[Tensor, Tensor]:
+    """U that makes the rows exact, and what the columns add up to then."""
+    kernel, leaks, rows, _ = system
+    if leaks is None:
+        u = rows / times(v, kernel.mT)
+        return u, v * times(u, kernel)
+    u = rows / (times(v, kernel.mT) + leaks[0])
+    return u, v * (times(u, kernel) + leaks[1])
+
+
+def _error(sums: Tensor, columns: Tensor) -> Tensor:  # (b, 1, 1)
+    return (sums - columns).abs().amax(-1, keepdim=True)
+
+
+def _line_search(
+    system: System, v: Tensor, lacking: Tensor, move: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Shorten the step until the dual's slope along it has not turned too far."""
+    longest = move.abs().amax(-1, keepdim=True).clamp_min(_LONGEST)
+    length = _LONGEST / longest
+    slope = (move * lacking).sum(-1, keepdim=True)
+    for _ in range(8):
+        ahead = v * (length * move).exp()
+        _, sums = _sweep(system, ahead)
+        turned = (move * (system.columns - sums)).sum(-1, keepdim=True)
+        far = turned < -0.5 * slope
+        if not bool(far.any()):
+            break
+        secant = (slope / (slope - turned)).clamp(0.1, 0.7)
+        length = torch.where(far, length * secant, length)
+    return ahead, sums
+
+
+def _close_enough(lacking: Tensor, target: Tensor) -> Tensor:  # (b, 1, 1)
+    """How exact a direction need be: the more, the nearer to the end."""
+    error = lacking.abs().amax(-1, keepdim=True)
+    loose = (0.3 * error.sqrt()).clamp(1e-3, 0.3) * error
+    return torch.maximum(loose, 0.3 * target)
