@@ -13,7 +13,6 @@ from torch.nn.functional import pad, threshold
 
 from pyro_permutations.kernel_newton import (
     MOST_STEPS,
-    SMALL,
     STAGE_TOLERANCE,
     System,
     Ties,
@@ -24,6 +23,7 @@ from pyro_permutations.kernel_newton import (
     newton,
     replaced,
     times,
+    tiny,
 )
 from pyro_permutations.matching_graph import WIRE
 
@@ -89,8 +89,8 @@ def scale_kernel(
         ties = ties[0].mT - top, ties[1]
     t = torch.where(first < 2, 1.0, first)
     start = torch.zeros_like(columns)
-    direct = torch.full_like(t, scores.shape[-1] <= SMALL, dtype=torch.bool)
-    shrink = 0.25 if scores.shape[-1] <= SMALL else 0.5
+    direct = torch.full_like(t, int(tiny(scores)), dtype=torch.bool)  # int for jit
+    shrink = 0.25 if tiny(scores) else 0.5
     (p, g, error, *slacks), steps = _cooled(
         System(scores - top, ties, rows, columns),
         _Path(start, t, start, t, direct),
@@ -209,7 +209,7 @@ def solve_marginals(
     one_n, one_m = torch.ones_like(r), torch.ones_like(c)
     system = System(p, leaks, r, c)
     rest = b - times(a / r, p)
-    if p.shape[-1] <= SMALL:
+    if tiny(p):
         y, _ = factorized(system, one_n, one_m, rest)
     else:
         stop = 1e-8 * rest.abs().amax(-1, keepdim=True)

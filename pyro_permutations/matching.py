@@ -22,7 +22,7 @@ from pyro_permutations.unmatched_scores import Unmatched, relative_scores
 try:
     from lap import lapjvr_batch
 except ImportError:  # scipy does the same, one by one
-    lapjvr_batch = None
+    lapjvr_batch = None  # type: ignore[assignment, unused-ignore]
 
 
 def matching(

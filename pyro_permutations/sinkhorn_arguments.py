@@ -19,7 +19,7 @@ LARGEST = 1e300
 NOT_FINITE = (
     "logits must be finite or -inf (a forbidden pair), but some are NaN or +inf, or "
     f"exceed {LARGEST:.0e} when divided by the temperature. (Under torch.func.vmap "
-    "forbid pairs by a mask, not by -inf.)"
+    "forbid pairs by a mask, not by -inf, and see that the temperature is positive.)"
 )
 
 
@@ -86,7 +86,10 @@ def _checked_temperature(temperature: Tensor | float, scores: Tensor) -> Tensor 
     """What scores are divided by."""
     if isinstance(temperature, Tensor):
         tau = temperature.to(scores.device, torch.float64)
-        valid = not _any(~((tau > 0) & (tau < torch.inf)))
+        positive = (tau > 0) & (tau < torch.inf)
+        valid = not _any(~positive)
+        # Where no value may be looked at here, under vmap, the solver finds the NaN.
+        tau = torch.where(positive, tau, torch.nan)
         _common(scores.shape[:-2], tau.shape, "temperature")
         divisor: Tensor | float = tau[..., None, None]
     else:

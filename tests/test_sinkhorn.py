@@ -879,3 +879,10 @@ def test_huge_scores_give_the_matching(scale: float) -> None:
 def test_scores_that_overflow_are_refused() -> None:
     with pytest.raises(ValueError, match="logits must be finite"):
         sinkhorn(torch.tensor([[1e300, 0.0], [0.0, 1.0]]), 1e-5)
+
+
+def test_bad_temperatures_are_refused_under_vmap() -> None:
+    X = scores(3, 3)
+    for bad in (-1.0, 0.0):
+        with pytest.raises(ValueError, match="temperature"):
+            vmap(lambda t: sinkhorn(X, t))(torch.tensor([1.0, bad]))
