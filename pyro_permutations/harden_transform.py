@@ -38,6 +38,7 @@ class HardenTransform(Transform):
         cache_size: As in torch: 0, or 1 to remember the last pair.
 
     Example:
+        >>> import torch
         >>> P = SinkhornTransform()(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
         >>> hard = HardenTransform()(P)
         >>> hard
