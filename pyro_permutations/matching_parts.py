@@ -77,13 +77,11 @@ def put(
 
 def decided(graph: MatchingGraph) -> Tensor:  # (*batch, N, M)
     """Cells that are in every matching, and in no part; the wire is not one of them."""
-    cells = graph.cells.clone().reshape(1, -1, *graph.size)
+    cells = graph.cells.clone()
     inside = [torch.zeros_like(part.graph.cells)[None] for part in parts(graph)]
-    cells = (
-        put(cells, inside, graph).reshape(graph.cells.shape)
-        if inside
-        else graph.cells.clone()
-    )
+    if inside:
+        flat = cells.reshape(1, -1, *graph.size)
+        cells = put(flat, inside, graph).reshape(cells.shape)
     if graph.has_slack:
         cells[..., -1, -1] = False
     return cells

@@ -56,9 +56,8 @@ def log_sinkhorn(
     again and mapped by ``torch.func.vmap`` (with one mask for all; a pair that is
     forbidden in some elements only belongs in a batch). Forward mode is not there.
 
-    Where scores of size 1 are divided by .001 and less, potentials of several hundred
-    rows are eliminated in logarithms, which takes seconds; :func:`sinkhorn` does not
-    need that.
+    At low temperatures this takes many times as long as :func:`sinkhorn`, since flows
+    that the sums do not see have to balance, too (``benchmarks/sinkhorn.py``).
 
     Args:
         logits: Scores (log weights before they are divided by the temperature),
@@ -145,15 +144,15 @@ def log_scaling(
     With slack (that of :meth:`MatchingGraph.with_slack`) sums are one. No gradient
     flows into the sums; those of a component have to be possible.
     """
-    return _by_component(_LogSinkhorn, scores, graph, marginals, 1e-6)
+    return _by_component(_LogSinkhorn, scores, graph, 1e-6, marginals)
 
 
 def _by_component(
     solver: type[_LogSinkhorn] | type[_Sinkhorn],
     scores: Tensor,  # (*lead, N, M)
     graph: MatchingGraph,
-    marginals: tuple[Tensor, Tensor] | None,  # (*batch, n), (*batch, m)
     tol: float,
+    marginals: tuple[Tensor, Tensor] | None = None,  # (*batch, n), (*batch, m)
 ) -> Tensor:  # (*lead, N, M)
     """Solve the whole, or its components one by one where that is less work."""
     rows, columns = _sums(graph, marginals)

@@ -29,7 +29,7 @@ def checked(
     mask: Tensor | MatchingGraph | None,
     unmatched: Unmatched | None,
     tol: float | None,
-) -> tuple[Tensor, MatchingGraph, None, float]:
+) -> tuple[Tensor, MatchingGraph, float]:
     """Scores over the temperature in float64 with slack, and what else solvers take."""
     if (
         not isinstance(logits, Tensor)
@@ -61,7 +61,7 @@ def checked(
     tol = _TOLERANCE if tol is None else tol
     if not tol > 0:
         raise ValueError(f"tol must be positive, but is {tol}.")
-    return graph.with_slack(scores, 0.0), graph, None, tol
+    return graph.with_slack(scores, 0.0), graph, tol
 
 
 def _common(batch: torch.Size, other: torch.Size, name: str) -> torch.Size:

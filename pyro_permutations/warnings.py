@@ -21,8 +21,7 @@ class ConvergenceWarning(UserWarning):
         super().__init__(
             f"Sinkhorn stopped after {iterations} steps with a row or column sum off "
             f"by {residual:.3g} (tolerance {tolerance:.3g}). The hard matching can be "
-            "right all the same. Raise the temperature, or pass a larger tol; if you "
-            "pass marginals, see that the mask allows them."
+            "right all the same. Raise the temperature, or pass a larger tol."
         )
         self.residual = residual
         self.iterations = iterations
