@@ -376,7 +376,7 @@ def verdict(title: str, ours: Row, rows: list[Row]) -> str:
     others = [row for row in rows if row.name not in OURS]
     forward = {row: row.forward / ours.forward for row in others}
     both = {row: row.both / ours.both for row in others}
-    line = f"{title:22}{ours.name:20}"
+    line = f"{title:24}{ours.name:20}"
     for cost, worst in ((forward, math.inf), (both, RIGHT)):
         among = [x for x in others if x.reached and not x.error > worst]
         among = [x for x in among if not math.isnan(cost[x])]
@@ -485,7 +485,7 @@ def main() -> None:
         )
         print("terms of the scores in float32.")
         print("The distributions use log_sinkhorn, whose small entries are right too.")
-        print(f"{'fastest: forward':>64}{'+backward':>22}", end="")
+        print(f"{'fastest: forward':>66}{'+backward':>22}", end="")
         print(f"{'20: forward':>12}{'+backward':>12}{'peak':>8}")
         print("\n".join(verdicts))
     if re.search(args.cells, "growth"):
