@@ -17,6 +17,7 @@ from pyro_permutations.distributions import (
 from pyro_permutations.link_count import link_count_prior
 from pyro_permutations.matching import matching, to_indices, to_matrix
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.posterior import Candidate, MatchingPosterior, Matchings
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
 from pyro_permutations.transforms import (
     BirkhoffTransform,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BirkhoffTransform",
+    "Candidate",
     "ContrastsTransform",
     "ConvergenceWarning",
     "GumbelContrasts",
@@ -36,6 +38,8 @@ __all__ = [
     "GumbelSinkhornStraightThrough",
     "LostLogWarning",
     "MatchingGraph",
+    "MatchingPosterior",
+    "Matchings",
     "SinkhornTransform",
     "contrasts",
     "doubly_stochastic",

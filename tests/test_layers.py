@@ -36,6 +36,7 @@ LAYERS = [
     ("shift_integral_series", NUMERICS),
     ("shift_integral", NUMERICS),
     ("permanents", NUMERICS),
+    ("effective_draws", NUMERICS),
     ("carried_log", NO_PYRO),
     ("constraints", NO_PYRO),
     ("transforms", NO_PYRO),
