@@ -9,14 +9,17 @@ from pyro_permutations.constraints import (
     permutation_matrix,
 )
 from pyro_permutations.distributions import (
+    GibbsMatching,
     GumbelContrasts,
     GumbelSinkhorn,
     GumbelSinkhornStraightThrough,
+    UniformPermutation,
     noise_kl,
 )
 from pyro_permutations.link_count import link_count_prior
 from pyro_permutations.matching import matching, to_indices, to_matrix
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.permanents import calibrated_entropy, log_permanent
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
 from pyro_permutations.transforms import (
     BirkhoffTransform,
@@ -31,16 +34,20 @@ __all__ = [
     "BirkhoffTransform",
     "ContrastsTransform",
     "ConvergenceWarning",
+    "GibbsMatching",
     "GumbelContrasts",
     "GumbelSinkhorn",
     "GumbelSinkhornStraightThrough",
     "LostLogWarning",
     "MatchingGraph",
     "SinkhornTransform",
+    "UniformPermutation",
+    "calibrated_entropy",
     "contrasts",
     "doubly_stochastic",
     "link_count_prior",
     "log_of",
+    "log_permanent",
     "log_sinkhorn",
     "matching",
     "matching_graph",

@@ -2,6 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributions over permutations and their relaxations."""
 
+from pyro_permutations.distributions.gibbs_matching import (
+    GibbsMatching,
+    UniformPermutation,
+)
 from pyro_permutations.distributions.gumbel_contrasts import GumbelContrasts
 from pyro_permutations.distributions.gumbel_sinkhorn import (
     GumbelSinkhorn,
@@ -10,8 +14,10 @@ from pyro_permutations.distributions.gumbel_sinkhorn import (
 from pyro_permutations.distributions.noise_kl import noise_kl
 
 __all__ = [
+    "GibbsMatching",
     "GumbelContrasts",
     "GumbelSinkhorn",
     "GumbelSinkhornStraightThrough",
+    "UniformPermutation",
     "noise_kl",
 ]
