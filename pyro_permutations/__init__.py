@@ -11,6 +11,7 @@ from pyro_permutations.constraints import (
 from pyro_permutations.distributions import (
     GibbsMatching,
     GumbelContrasts,
+    GumbelMatching,
     GumbelSinkhorn,
     GumbelSinkhornStraightThrough,
     UniformPermutation,
@@ -42,6 +43,7 @@ __all__ = [
     "ConvergenceWarning",
     "GibbsMatching",
     "GumbelContrasts",
+    "GumbelMatching",
     "GumbelSinkhorn",
     "GumbelSinkhornStraightThrough",
     "LostLogWarning",

@@ -54,7 +54,7 @@ def log_prob_best(
     :math:`t_k`, the longest cycle through it and pairs before it. The probability of
     that, :math:`1 - \exp(-e^{x_k - t_k})`, goes into the weight, and its noise is drawn
     from what is left. So each sample hits, and the mean weight is an unbiased estimate,
-    continuous in the scores. Noise comes from a generator of its own, the same each time.
+    continuous in the scores. Noise is from a generator of its own, always the same.
     """
     (b, s, t), K = scores.shape, samples
     generator = torch.Generator().manual_seed(0)

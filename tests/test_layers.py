@@ -40,6 +40,7 @@ LAYERS = [
     ("subset_recursion", NUMERICS),
     ("matching_sampler", NUMERICS),
     ("matching_list", NUMERICS),
+    ("perturbed_matching", NUMERICS),
     ("row_simplex", NUMERICS),
     ("fractional_solver", NUMERICS),
     ("fractional_entropy", NUMERICS),

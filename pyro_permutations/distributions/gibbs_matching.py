@@ -19,25 +19,18 @@ from torch.distributions.constraints import (
     real,
 )
 
-from pyro_permutations.constraints import holds, permutation_matrix
+from pyro_permutations.constraints import permutation_matrix
 from pyro_permutations.distributions.gumbel_contrasts import (
     GumbelContrasts,
     scores_on_graph,
 )
+from pyro_permutations.distributions.matching_values import possible_matchings
 from pyro_permutations.matching import matching, to_matrix
 from pyro_permutations.matching_graph import MatchingGraph
 from pyro_permutations.matching_list import can_be_listed, list_matchings
 from pyro_permutations.matching_sampler import sample_gibbs
 from pyro_permutations.permanents import is_exact, log_partition, marginals
 from pyro_permutations.unmatched_scores import Unmatched
-
-_NO_PERMUTATION = (
-    "the value is not a permutation matrix (entries 0 and 1, a single 1 in every row "
-    "and column that has to be matched), so it has no probability. If it is a relaxed "
-    "one, from a GumbelSinkhorn guide, there are two ways: relax the model, "
-    "relax(model, temperature), or keep it and train with DiscreteKL_ELBO. A "
-    "straight-through guide is not a third: its log_prob is that of relaxed values."
-)
 
 
 class GibbsMatching(TorchDistribution):
@@ -250,39 +243,10 @@ class GibbsMatching(TorchDistribution):
         value: Tensor,  # (*sample, *batch, n, m)
     ) -> Tensor:  # (*sample, *batch)
         """Log probability; ``-inf`` where a forbidden pair is used."""
-        possible = self._possible(value)
+        possible = possible_matchings(value, self.graph, self.batch_shape)
         score = (self.logits.double() * value.double()).sum((-2, -1))
         log_prob = torch.where(possible, score - self.log_partition, -torch.inf)
         return log_prob.to(torch.promote_types(value.dtype, self.logits.dtype))
-
-    def _possible(self, value: Tensor) -> Tensor:  # (*sample, *batch) bool
-        """Which values are matchings of their mask; raises where one is none at all."""
-        n, m = self.event_shape
-        if not isinstance(value, Tensor) or value.shape[-2:] != (n, m):
-            shape = tuple(getattr(value, "shape", ()))
-            raise ValueError(
-                f"the value must be a tensor of shape (*sample, *batch, {n}, {m}), got "
-                f"{type(value).__name__} of shape {shape}."
-            )
-        try:
-            torch.broadcast_shapes(value.shape[:-2], self.batch_shape)
-        except RuntimeError:
-            raise ValueError(
-                f"the value has shape {tuple(value.shape)}, which does not broadcast "
-                f"with batch shape {tuple(self.batch_shape)}."
-            ) from None
-        binary = holds((value == 0) | (value == 1))
-        possible = (self.graph.allowed | (value == 0)).all(-1).all(-1)
-        known = binary
-        for dim, free in ((-1, self.graph.free_rows), (-2, self.graph.free_columns)):
-            count = value.sum(dim, dtype=torch.float64)
-            possible = possible & ((count == 1) | free).all(-1)
-            # In a batch of masks: what may be unmatched in one of them is no error.
-            anywhere = free.reshape(-1, free.shape[-1]).any(0)
-            known = known and holds((count == 1) | anywhere & (count == 0))
-        if not known:
-            raise ValueError(_NO_PERMUTATION)
-        return possible
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """All matchings, ``(k, *batch, n, m)``, of up to eight rows.
