@@ -79,7 +79,7 @@ def _fractions(graph: MatchingGraph, device: str) -> list[Tensor]:
 
 
 def _fraction(block: Block) -> Tensor:  # (C,)
-    """The fraction with which the largest entropy is the log of the number of matchings.
+    """The fraction whose largest entropy is the log of the number of matchings.
 
     The largest entropy falls with it, convexly, and its slope is minus what is left of
     the pairs: Newton's method, which comes from one side after the first step.

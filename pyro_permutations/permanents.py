@@ -231,9 +231,8 @@ def _capacity(scores: Tensor, block: Block, gamma: Tensor) -> Tensor:
 
 
 def _bethe(scores: Tensor, block: Block, gamma: Tensor) -> Tensor:
-    _, B = _maximum(scores, block, torch.full_like(gamma, 1 - _ALMOST))
-    entropy, rest = entropy_terms(B, block)
-    return (scores * B).sum((-2, -1)) + entropy - rest
+    value, B = _maximum(scores, block, torch.full_like(gamma, 1 - _ALMOST))
+    return value - _ALMOST * entropy_terms(B, block)[1]
 
 
 def _best_known(scores: Tensor, block: Block, gamma: Tensor) -> Tensor:

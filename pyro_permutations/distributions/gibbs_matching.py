@@ -181,10 +181,10 @@ class GibbsMatching(TorchDistribution):
                 known = marginals(torch.where(small, scores, 0.0), self.graph)
                 pairs = torch.where(exact, known, pairs)
                 error = error.masked_fill(exact, 0.0)
-        alone = (1 - pairs.sum(-1, keepdim=True)).clamp_min(0)
-        doubt = torch.where(
-            (error > 0).any(-1, keepdim=True), (alone * (1 - alone) / num_samples), 0.0
-        ).sqrt()
+        loose = self.graph.slack_cells()[0][..., None]
+        alone = torch.where(loose, 1 - pairs.sum(-1, keepdim=True), 0.0).clamp(0, 1)
+        unsure = (error > 0).any(-1, keepdim=True)
+        doubt = torch.where(unsure, alone * (1 - alone) / num_samples, 0.0).sqrt()
         shape = self.batch_shape + self.event_shape[:1] + (self.event_shape[1] + 1,)
         probability, error = (
             torch.cat(x, -1).expand(shape).to(self.logits.dtype)
