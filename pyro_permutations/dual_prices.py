@@ -79,11 +79,9 @@ def _prices(
     taken = np.zeros((b, m), dtype=np.bool_)
     taken[element, k] = True
     length[:, :m, m] = np.where(taken, length[:, :m, m], 0.0)
-    ends = [
-        _longest(length),
-        -_longest(length.swapaxes(-1, -2)),
-    ]
-    v = sum(x[:, :m] - x[:, m:] for x in ends) / 2
+    least, most = _longest(length), -_longest(length.swapaxes(-1, -2))
+    v = (least + most) / 2
+    v = v[:, :m] - v[:, m:]
     price = np.take_along_axis(v, np.where(matched, perm, 0), -1)
     return np.where(matched, own[..., 0] - price, 0.0), v
 
