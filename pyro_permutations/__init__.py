@@ -16,6 +16,7 @@ from pyro_permutations.distributions import (
     UniformPermutation,
     noise_kl,
 )
+from pyro_permutations.infer import DiscreteKL_ELBO
 from pyro_permutations.link_count import link_count_prior
 from pyro_permutations.matching import matching, to_indices, to_matrix
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
@@ -34,6 +35,7 @@ __all__ = [
     "BirkhoffTransform",
     "ContrastsTransform",
     "ConvergenceWarning",
+    "DiscreteKL_ELBO",
     "GibbsMatching",
     "GumbelContrasts",
     "GumbelSinkhorn",
