@@ -20,7 +20,13 @@ from pyro_permutations.infer import DiscreteKL_ELBO
 from pyro_permutations.link_count import link_count_prior
 from pyro_permutations.matching import matching, to_indices, to_matrix
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
-from pyro_permutations.permanents import calibrated_entropy, log_permanent
+from pyro_permutations.permanents import (
+    bethe_log_permanent,
+    calibrated_entropy,
+    calibrated_log_permanent,
+    log_permanent,
+    sinkhorn_log_permanent,
+)
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
 from pyro_permutations.transforms import (
     BirkhoffTransform,
@@ -44,7 +50,9 @@ __all__ = [
     "MatchingGraph",
     "SinkhornTransform",
     "UniformPermutation",
+    "bethe_log_permanent",
     "calibrated_entropy",
+    "calibrated_log_permanent",
     "contrasts",
     "doubly_stochastic",
     "link_count_prior",
@@ -56,6 +64,7 @@ __all__ = [
     "noise_kl",
     "permutation_matrix",
     "sinkhorn",
+    "sinkhorn_log_permanent",
     "slack_of",
     "to_indices",
     "to_matrix",

@@ -40,6 +40,8 @@ LAYERS = [
     ("subset_recursion", NUMERICS),
     ("matching_sampler", NUMERICS),
     ("fractional_entropy", NUMERICS),
+    ("row_simplex", NUMERICS),
+    ("fractional_solver", NUMERICS),
     ("permanents", NUMERICS),
     ("carried_log", NO_PYRO),
     ("constraints", NO_PYRO),

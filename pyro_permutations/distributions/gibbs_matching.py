@@ -27,7 +27,7 @@ from pyro_permutations.matching import matching, to_matrix
 from pyro_permutations.matching_graph import MatchingGraph
 from pyro_permutations.matching_parts import flattened
 from pyro_permutations.matching_sampler import EXACT, sample_gibbs
-from pyro_permutations.permanents import log_permanent
+from pyro_permutations.permanents import log_partition
 from pyro_permutations.unmatched_scores import Unmatched
 
 # Values are listed where there are at most as many as permutations of eight.
@@ -77,9 +77,7 @@ class GibbsMatching(TorchDistribution):
     @property
     def log_partition(self) -> Tensor:  # (*batch,)
         """Log of the sum of the weights of all matchings."""
-        return log_permanent(self._scores.double(), mask=self.graph).expand(
-            self.batch_shape
-        )
+        return log_partition(self._scores.double(), self.graph).expand(self.batch_shape)
 
     def expand(
         self, batch_shape: Sequence[int], _instance: GibbsMatching | None = None
