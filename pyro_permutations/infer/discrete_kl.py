@@ -6,10 +6,10 @@ from __future__ import annotations
 
 __all__ = ["DiscreteKL_ELBO"]
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.distributions import Independent, TorchDistribution
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.torch_distribution import (
@@ -21,13 +21,7 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions.constraints import (
-    Constraint,
-    dependent_property,
-    independent,
-)
 
-from pyro_permutations.constraints import doubly_stochastic
 from pyro_permutations.distributions.gumbel_sinkhorn import GumbelSinkhorn
 from pyro_permutations.infer.guide_marginals import (
     distinct,
@@ -119,29 +113,65 @@ class DiscreteKL_ELBO(TraceMeanField_ELBO):  # noqa: N801  # as Pyro names them
         self.marginal_samples = marginal_samples
 
     def _guess_max_plate_nesting(self, model: Any, *args: Any) -> None:
-        # Pyro blocks handlers outside here, so this one goes around the model.
-        super()._guess_max_plate_nesting(_Unscore()(model), *args)  # type: ignore[no-untyped-call]
+        super()._guess_max_plate_nesting(_Unscored()(model), *args)  # type: ignore[no-untyped-call]
 
-    def _get_trace(self, *args: Any) -> tuple[Trace, Trace]:
-        with _Unscore():
-            model_trace, guide_trace = super()._get_trace(*args)  # type: ignore[no-untyped-call]
-        for name, site in model_trace.nodes.items():
-            if site["type"] == "sample" and isinstance(site["fn"], _Unscored):
-                _check_guide(name, site["fn"].prior, guide_trace)
-                guide_site = guide_trace.nodes[name]
-                kl = _divergence(
-                    guide_site["fn"],
-                    site["fn"].prior,
-                    guide_site["value"],
-                    self.marginal_samples,
-                )
-                kl = scale_and_mask(kl, guide_site["scale"], guide_site["mask"])
-                # No divergence is registered for this pair: what is read is this.
-                site["log_prob"], site["log_prob_sum"] = -kl, -kl.sum()
-                zero = torch.zeros_like(kl)
-                guide_site["score_parts"] = ScoreParts(zero, 0, zero)
-                guide_site["log_prob"], guide_site["log_prob_sum"] = zero, zero.sum()
-        return model_trace, guide_trace
+    def _get_trace(
+        self, model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> tuple[Trace, Trace]:
+        pair = _ScoredPair(model, guide, self.marginal_samples)
+        traces: tuple[Trace, Trace] = super()._get_trace(model, pair, args, kwargs)  # type: ignore[no-untyped-call]
+        return traces
+
+
+class _ScoredPair(Messenger):
+    """A guide and a model, run together, with the scores of permutations in place.
+
+    Pyro takes it for a guide that handles its model (its ``GuideMessenger``), and
+    scores what is left: neither a discrete prior at relaxed values, which is an error,
+    nor the density of a guide that nobody needs. For a guide and a prior of these kinds
+    no divergence is registered, so the objective reads the scores.
+    """
+
+    def __init__(self, model: Any, guide: Any, marginal_samples: int) -> None:
+        super().__init__()
+        self.model, self.guide = model, guide
+        self.marginal_samples = marginal_samples
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        handler = poutine.unwrap(self.guide)
+        if isinstance(handler, Messenger):
+            self.guide(*args, **kwargs)
+            self.model_trace, self.guide_trace = handler.get_traces()  # type: ignore[attr-defined]
+            return
+        self.guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(self.model, trace=self.guide_trace)
+        self.model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+
+    def get_traces(self) -> tuple[Trace, Trace]:
+        """Those of the model and of the guide."""
+        for name, site in self.model_trace.nodes.items():
+            latent = site["type"] == "sample" and not site["is_observed"]
+            if latent and permutation_prior(site["fn"]) is not None:
+                _check_guide(name, site["fn"], self.guide_trace)
+                self._score(site, self.guide_trace.nodes[name])
+        return self.model_trace, self.guide_trace
+
+    def _score(self, site: dict[str, Any], guide_site: dict[str, Any]) -> None:
+        guide, value = guide_site["fn"], guide_site["value"]
+        kl = _divergence(guide, site["fn"], value, self.marginal_samples)
+        kl = scale_and_mask(kl, guide_site["scale"], guide_site["mask"])
+        zero = torch.zeros_like(kl)
+        site["log_prob"], site["log_prob_sum"] = -kl, -kl.sum()
+        guide_site["log_prob"], guide_site["log_prob_sum"] = zero, zero.sum()
+        guide_site["score_parts"] = ScoreParts(zero, 0, zero)  # type: ignore[arg-type]
+
+
+class _Unscored(Messenger):
+    """Discrete priors without a score, for a run of the model that is about shapes."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if permutation_prior(msg["fn"]) is not None and not msg["is_observed"]:
+            msg["fn"] = msg["fn"].mask(False)
 
 
 def _divergence(
@@ -189,7 +219,7 @@ def _check_guide(name: str, prior: TorchDistribution, guide_trace: Trace) -> Non
     p = permutation_prior(prior)
     assert p is not None
     guide: Any = guide_trace.nodes[name]["fn"] if name in guide_trace.nodes else None
-    q = _inside(getattr(guide, "prior", guide))
+    q = _inside(guide)
     if not isinstance(q, GumbelSinkhorn):
         given = "is missing" if guide is None else f"is {type(q).__name__}"
         raise ValueError(
@@ -210,52 +240,3 @@ def _check_guide(name: str, prior: TorchDistribution, guide_trace: Trace) -> Non
             f"{where}allows pairs or unmatched items that the prior forbids, so that "
             "the divergence is infinite. Pass mask=prior.graph to GumbelSinkhorn."
         )
-
-
-class _Unscore(Messenger):
-    """Keep Pyro from scoring discrete priors at the relaxed values of a guide."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        # This runs after the handlers of the model, so plates have expanded the site.
-        # In the hook after sampling it would be too late: traces have copied it.
-        if msg["is_observed"]:
-            return
-        if permutation_prior(msg["fn"]) is not None:
-            msg["fn"] = _Unscored(msg["fn"])
-        prior = msg["infer"].get("prior")  # a guide that is a handler of the model
-        if permutation_prior(prior) is not None:
-            msg["infer"]["prior"] = _Unscored(prior)
-
-
-class _Unscored(TorchDistribution):
-    """A discrete prior in a trace, whose score there is zero."""
-
-    arg_constraints: dict[str, Constraint] = {}  # noqa: RUF012
-
-    def __init__(self, prior: TorchDistribution) -> None:
-        self.prior = prior
-        super().__init__(prior.batch_shape, prior.event_shape, validate_args=False)
-
-    @dependent_property(is_discrete=False)
-    def support(self) -> Constraint:
-        """The doubly stochastic matrices on the cells of the prior."""
-        prior = permutation_prior(self.prior)
-        assert prior is not None
-        within = doubly_stochastic(prior.graph)
-        return independent(within, len(self.event_shape) - 2)
-
-    def expand(
-        self, batch_shape: Sequence[int], _instance: _Unscored | None = None
-    ) -> _Unscored:
-        """The same of a larger batch."""
-        return _Unscored(self.prior.expand(batch_shape))
-
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """A draw of the prior, where the guide has no such site."""
-        drawn: Tensor = self.prior.sample(torch.Size(sample_shape))
-        return drawn
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Zero."""
-        batch = value.shape[: value.dim() - len(self.event_shape)]
-        return value.new_zeros(torch.broadcast_shapes(batch, self.batch_shape))
