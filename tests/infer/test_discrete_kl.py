@@ -177,9 +177,8 @@ def test_zero_at_the_prior(n: int) -> None:
 @pytest.mark.parametrize("n", [2, 5])
 def test_the_stated_bias(n: int) -> None:
     samples, runs = 100, 200
-    guide = GumbelSinkhorn(torch.zeros(runs, n, n), 0.1)
-    logits = guide.logits + torch.zeros(runs, 1, 1)  # each of a law of its own
-    kl = kl_of_each(UniformPermutation(n), GumbelSinkhorn(logits, 0.1), samples)
+    guide = GumbelSinkhorn(torch.zeros(runs, n, n), 0.1)  # not expanded: not pooled
+    kl = kl_of_each(UniformPermutation(n), guide, samples)
     bias = excess(n, samples)[0]
     # Of (n - 1)^2 / (2 draws) degrees of freedom it has nearly all.
     assert bias == pytest.approx((n - 1) ** 2 / (2 * samples), rel=0.1)
@@ -596,8 +595,8 @@ def test_evidence_and_marginals_of_three_items(
     exact = torch.einsum("kp,kij->pij", weight, every)
     guide, loss = fit(log_likelihood, (3, 3, 3), guide_type=guide_type, particles=256)
     found = guide.marginals(50_000)[0][..., :-1]
-    # The best guide for the calibrated entropy is off by .03 at these odds, and one that
-    # was trained by 256 draws a step by as much again.
+    # The best guide for the calibrated entropy is off by .03 at these odds, and one
+    # that was trained by 256 draws a step by as much again.
     assert distance(found, exact).max() < 0.07
     # A bound up to the error of the entropy, and for relaxed values of what the
     # likelihood gains between permutations: .05 each; and not far from it.
