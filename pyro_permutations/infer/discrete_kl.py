@@ -61,10 +61,11 @@ class DiscreteKL_ELBO(TraceMeanField_ELBO):  # noqa: N801  # as Pyro names them
     that is not linear in P is then off, the more the higher the temperature.
 
     What is approximate: H is exact for two items, at permutations and at the uniform
-    law, and a tenth of a nat or two off between. The estimate of B makes the divergence
+    law; between, see :func:`calibrated_entropy`. The estimate of B makes the divergence
     too large by about ``(n - 1)**2 / (2 * draws)`` for a spread-out guide of n items,
-    less for a sharp one, and hardly touches its gradient. The divergence is never
-    negative. The loss is a bound on the evidence up to the error of H.
+    less for a sharp one, and hardly touches its gradient; the divergence is never
+    negative. So the loss is a bound on the evidence up to the error of H and, with
+    relaxed values, up to what the likelihood gains between permutations.
 
     Args:
         args: Those of ``TraceMeanField_ELBO``: ``num_particles`` and the others.
@@ -192,7 +193,15 @@ def _divergence(
     cross = calibrated_log_permanent(X, mask=p.graph) - (X * B).sum((-2, -1))
     entropy = calibrated_entropy(B, mask=p.graph)
     kl = _through(prior, cross) - _through(guide, entropy)
-    return kl.expand(guide.batch_shape).to(q.logits.dtype)
+    return kl.reshape(guide.batch_shape).to(q.logits.dtype)
+
+
+def _without_ones(fn: Any) -> tuple[Any, Any]:
+    """The shape of a site but for plates of one on the left, which Pyro lets pass."""
+    batch = list(fn.batch_shape)
+    while batch and batch[0] == 1:
+        batch.pop(0)
+    return tuple(batch), fn.event_shape
 
 
 def _inside(fn: Any) -> Any:
@@ -227,8 +236,8 @@ def _check_guide(name: str, prior: TorchDistribution, guide_trace: Trace) -> Non
             "GumbelSinkhorn(logits, temperature)) in the guide, with the mask of the "
             "prior if it has one."
         )
-    shapes = [(*d.batch_shape, *d.event_shape) for d in (guide, prior)]
-    if shapes[0] != shapes[1]:
+    shapes = [tuple(d.batch_shape + d.event_shape) for d in (guide, prior)]
+    if _without_ones(guide) != _without_ones(prior):
         raise ValueError(
             f"{where}has shape {shapes[0]}, but the prior has {shapes[1]}. Put both "
             "into the same plates."

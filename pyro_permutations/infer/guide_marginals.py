@@ -28,17 +28,18 @@ def guide_marginals(
     r"""How often pairs are matched in hard draws, as if these had the relaxed gradient.
 
     .. math:: B = \frac{1}{K + 1} \Big(\sum_{k=1}^K M_k + \bar P\Big), \qquad
-        dB = \frac{1}{K + 1} \Big(\sum_{k=1}^K dP_k + d \bar P\Big)
+        dB = d \bar P
 
-    with :math:`M_k` the best matching of what the relaxed draw :math:`P_k` comes from.
-    The value is one draw for each element of a batch that has the same parameters, with
-    :math:`\bar P` their mean; as many are drawn in addition as K = ``samples`` needs.
+    with :math:`M_k` the best matching of what the relaxed draw :math:`P_k` comes from,
+    and :math:`\bar P` the mean of those. The value is one draw for each element of a
+    batch that has the same parameters; the rest of K = ``samples`` is drawn here.
 
     Relaxed draws would make the law look less certain than it is. With this gradient
     the optimum is right at any temperature if the log likelihood is linear in P, with
     slopes Y: its gradient is <Y, dP>, that of the entropy <H'(B), dP>, and they balance
-    at H'(B) = -Y, up to shifts. The one relaxed draw says how unlikely a pair is that
-    was never drawn; without it the slope of the entropy there would be infinite.
+    at H'(B) = -Y, up to shifts. The mean of relaxed draws, which counts as one draw
+    more, says how unlikely a pair is that was never drawn: without it the slope of the
+    entropy there would be infinite, and from fewer draws it would be far too noisy.
     """
     batch = guide.batch_shape
     dims = repeated(
@@ -49,24 +50,26 @@ def guide_marginals(
     count = torch.Size(batch[d] for d in dims).numel()
     if dims:
         inner = [d - 2 for d in dims]
-        hard, soft = hard.sum(inner, keepdim=True), soft.mean(inner, keepdim=True)
-    more = max(samples - count, 0)
-    if more:
-        hard = hard + _drawn(guide, dims, more)
-    return (hard + soft) / (count + more + 1)
+        hard, soft = hard.sum(inner, keepdim=True), soft.sum(inner, keepdim=True)
+    if samples > count:
+        more = _drawn(guide, dims, samples - count)
+        hard, soft, count = hard + more[0], soft + more[1], samples
+    return (hard + soft / count) / (count + 1)
 
 
-def _drawn(guide: GumbelSinkhorn, dims: Sequence[int], samples: int) -> Tensor:
-    """The sum of hard draws, with the gradient of relaxed ones."""
+def _drawn(
+    guide: GumbelSinkhorn, dims: Sequence[int], samples: int
+) -> tuple[Tensor, Tensor]:
+    """Sums of hard draws, with the gradient of relaxed ones, and of these."""
     logits = distinct(guide.logits, [d - 2 for d in dims])
     temperature = guide.temperature
     if temperature.dim():
         temperature = distinct(temperature, dims)
     base = GumbelContrasts(logits, mask=guide.graph, validate_args=False)
     scores = base._noisy_scores(torch.Size((samples,)))
-    relaxed = sinkhorn(scores, temperature, mask=guide.graph)
-    hard = matching(scores, mask=guide.graph)
-    return (hard + (relaxed - relaxed.detach())).double().sum(0)
+    soft = sinkhorn(scores, temperature, mask=guide.graph).double()
+    hard = matching(scores, mask=guide.graph).double()
+    return (hard + (soft - soft.detach())).sum(0), soft.sum(0)
 
 
 def repeated(graph: MatchingGraph, *parameters: Tensor) -> list[int]:

@@ -341,7 +341,9 @@ def test_draws_are_shared_along_expanded_dimensions() -> None:
 def test_vectorized_particles_are_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def drawn(guide: GumbelSinkhorn, dims: list[int], samples: int) -> Tensor:
+    def drawn(
+        guide: GumbelSinkhorn, dims: list[int], samples: int
+    ) -> tuple[Tensor, Tensor]:
         asked.append(samples)
         return original(guide, dims, samples)
 
@@ -522,6 +524,15 @@ def test_other_guides_are_refused(guide: dist.TorchDistribution, message: str) -
         kl_of(UniformPermutation(3), guide, 10)
     with pyro.validation_enabled(False), pytest.raises(ValueError, match=message):
         kl_of(UniformPermutation(3), guide, 10)
+
+
+def test_plates_of_one_may_be_on_one_side() -> None:
+    guide = GumbelSinkhorn(torch.eye(3), 0.1)
+    for one, other in (
+        (UniformPermutation(3), guide.expand([1])),
+        (UniformPermutation(3).expand([1]), guide),
+    ):
+        assert kl_of(one, other, 100).isfinite()
 
 
 def test_a_missing_guide_and_wide_masks_are_refused() -> None:
