@@ -220,7 +220,7 @@ def _through(fn: Any, term: Tensor) -> Tensor:
         term = scale_and_mask(_through(fn.base_dist, term), mask=fn._mask)
     elif isinstance(fn, ExpandedDistribution):
         term = _through(fn.base_dist, term)
-    return term.expand(fn.batch_shape)
+    return term.expand(torch.broadcast_shapes(term.shape, fn.batch_shape))
 
 
 def _check_guide(name: str, prior: TorchDistribution, guide_trace: Trace) -> None:

@@ -455,9 +455,9 @@ def test_subsampled_plate_with_a_guide_for_each() -> None:
             pyro.sample("P", GumbelSinkhorn(logits[index], 0.1))
 
     each = kl_of_each(UniformPermutation(3), GumbelSinkhorn(logits, 0.1), 20_000)
-    elbo = DiscreteKL_ELBO(marginal_samples=2000)
-    losses = torch.tensor([elbo.loss(model, guide) for _ in range(100)])
-    margin = 4 * losses.std() / 10 + 8 * excess(3, 2000)[1]
+    elbo = DiscreteKL_ELBO(marginal_samples=1000)
+    losses = torch.tensor([elbo.loss(model, guide) for _ in range(64)])
+    margin = 4 * losses.std() / 8 + 8 * excess(3, 1000)[1]
     assert abs(losses.mean() - each.sum()) < margin
 
 
