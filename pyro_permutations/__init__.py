@@ -11,6 +11,7 @@ from pyro_permutations.constraints import (
 from pyro_permutations.distributions import (
     GibbsMatching,
     GumbelContrasts,
+    GumbelMatching,
     GumbelSinkhorn,
     GumbelSinkhornStraightThrough,
     UniformPermutation,
@@ -44,6 +45,7 @@ __all__ = [
     "DiscreteKL_ELBO",
     "GibbsMatching",
     "GumbelContrasts",
+    "GumbelMatching",
     "GumbelSinkhorn",
     "GumbelSinkhornStraightThrough",
     "LostLogWarning",

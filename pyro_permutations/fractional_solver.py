@@ -32,6 +32,8 @@ _TINY = 1e-13
 # prices are nearly linear in it, and extrapolated.
 _FIRST_STAGE = 0.03
 _SHRINK = 0.1
+# And at least this.
+_LAST_STAGE = 1e-9
 
 
 class _Problem(NamedTuple):
@@ -177,7 +179,7 @@ class _Response(torch.autograd.Function):
 
 def _solve(problem: _Problem, gamma: Tensor) -> _State:
     """Newton's method at falling 1 - gamma, from the prices of the best matching."""
-    left = 1 - gamma  # (b, 1)
+    left = (1 - gamma).clamp_min(_LAST_STAGE)  # (b, 1)
     stage = left.clamp_min(_FIRST_STAGE)
     v = torch.zeros_like(problem.columns)
     before, stage_before = v, stage
@@ -283,4 +285,5 @@ def _solved(
         kernel = 1 / scale
         kernel = kernel / torch.linalg.vector_norm(kernel, dim=-1, keepdim=True)
         total = total + kernel[..., :, None] * kernel[..., None, :]
-    return scale * torch.linalg.solve(total, (scale * right)[..., None])[..., 0]
+    solution: Tensor = torch.linalg.solve(total, (scale * right)[..., None])
+    return scale * solution[..., 0]

@@ -192,6 +192,27 @@ def log_partition(
     return _by_block(_best_known, scores, graph)
 
 
+def marginals(
+    scores: Tensor,  # (*lead, n, m) float64, finite
+    graph: MatchingGraph,
+) -> Tensor:  # (*lead, n, m)
+    """The gradient of :func:`log_partition`, differentiable in turn."""
+    gradient: Tensor = torch.func.grad(lambda x: log_partition(x, graph).sum())(scores)
+    return gradient
+
+
+def is_exact(graph: MatchingGraph) -> Tensor:  # (n, m) bool
+    """The pairs for which :func:`marginals` are exact."""
+    exact = torch.ones(
+        (*graph.batch_shape, *graph.shape), dtype=torch.bool, device=graph.device
+    ).reshape(-1, *graph.shape)
+    for block in blocks(graph):
+        if block.size > EXACT:
+            rows, columns = block.rows[:, :, None], block.columns[:, None, :]
+            exact[block.element[:, None, None], rows, columns] = False
+    return exact.reshape(*graph.batch_shape, *graph.shape)
+
+
 def _exact(scores: Tensor, block: Block, gamma: Tensor) -> Tensor:
     lead, shape = scores.shape[:2], scores.shape[2:]
     mask, *free = (
