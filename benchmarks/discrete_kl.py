@@ -277,7 +277,7 @@ def answers(quick: bool) -> int:
             flush=True,
         )
 
-    repetitions = 5 if quick else 20
+    repetitions = 5 if quick else 10
     print(
         f"\nGibbs targets, {repetitions} repetitions: total variation of the marginals"
     )

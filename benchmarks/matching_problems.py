@@ -77,7 +77,7 @@ def gibbs_targets(repetitions: int, items: int, scale: float, seed: int) -> Prob
 
 # %% Fits
 def fit_discrete_kl(
-    problem: Problem, *, particles: int = 64, steps: int = 300
+    problem: Problem, *, particles: int = 64, steps: int = 200
 ) -> GumbelSinkhorn:
     """Discrete-KL SVI: the particles are the draws of the guide's marginals, too.
 
@@ -100,7 +100,7 @@ def fit_discrete_kl(
 
 
 def fit_relaxed(
-    problem: Problem, *, particles: int = 16, steps: int = 300, temperature: float = 0.2
+    problem: Problem, *, particles: int = 16, steps: int = 200, temperature: float = 0.2
 ) -> GumbelSinkhorn:
     """SVI with a Gumbel-Sinkhorn prior and guide at one temperature."""
 

@@ -69,7 +69,8 @@ class DiscreteKL_ELBO(TraceMeanField_ELBO):  # noqa: N801  # as Pyro names them
 
     Args:
         args: Those of ``TraceMeanField_ELBO``: ``num_particles`` and the others.
-        marginal_samples: Draws from which B is estimated, at least.
+        marginal_samples: Draws from which B is estimated, at least. Each takes n x m
+            numbers of memory for every law.
         kwargs: As args.
 
     Raises:
