@@ -31,6 +31,7 @@ from matching_problems import (
     gibbs_targets,
     law_of_draws,
     noisy_points,
+    one_doubtful_pair,
     total_variation,
     two_item_odds,
 )
@@ -257,6 +258,14 @@ def answers(quick: bool) -> int:
         word = verdict(bool((own - exact).abs() < ODDS_BOUND))
         misses += bool(word)
         print(f"  {exact:.3f} {own:.3f} {other:.3f} {word}")
+
+    print("\nTwo items in doubt, exact .75, among n of which the rest is certain")
+    for n in (2, 3, 6, 8):
+        problem = one_doubtful_pair(n, 0.75)
+        guide, _ = fitted(fit_discrete_kl, problem, particles=256)
+        probability = guide.marginals(draws)[0][0, 0, 0]
+        law = problem.exact()[1][0, 0, 0]
+        print(f"  n {n}: exact {law:.3f}, discrete KL {probability:.3f}", flush=True)
 
     print(f"\nSix noisy points, {repetitions} repetitions: mean Bhattacharyya distance")
     print("  sigma  discrete KL   +-    largest   MAP point  uniform  seconds each")

@@ -75,6 +75,14 @@ def gibbs_targets(repetitions: int, items: int, scale: float, seed: int) -> Prob
     return Problem(repetitions, items, lambda P: (P * X).sum((-2, -1)))
 
 
+def one_doubtful_pair(items: int, probability: float) -> Problem:
+    """All items are certain but two, which keep their places with this probability."""
+    X = 12 * torch.eye(items, dtype=torch.float64)
+    swap = (math.log(1 / probability - 1) + 24) / 2  # twice this is lost and gained
+    X[0, 1] = X[1, 0] = swap
+    return Problem(1, items, lambda P: (P * X).sum((-2, -1)))
+
+
 # %% Fits
 def fit_discrete_kl(
     problem: Problem, *, particles: int = 64, steps: int = 200
