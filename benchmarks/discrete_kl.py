@@ -241,7 +241,7 @@ def answers(quick: bool) -> int:
     repetitions, draws = (20, 20_000) if quick else (200, 100_000)
 
     def fitted(
-        fit: Callable[..., GumbelSinkhorn], problem: Problem, **options: int
+        fit: Callable[..., GumbelSinkhorn], problem: Problem, **options: float
     ) -> tuple[GumbelSinkhorn, float]:
         pyro.set_rng_seed(0)
         began = time.perf_counter()
@@ -250,7 +250,7 @@ def answers(quick: bool) -> int:
 
     problem = two_item_odds(ODDS)
     print("\nTwo items: probability of the identity, exact, discrete KL, relaxed prior")
-    guide, _ = fitted(fit_discrete_kl, problem, particles=256)
+    guide, _ = fitted(fit_discrete_kl, problem, particles=512, rate=0.1)
     found = guide.marginals(draws)[0][:, 0, 0]
     guide, _ = fitted(fit_relaxed, problem)
     others = guide.marginals(draws)[0][:, 0, 0]
@@ -262,7 +262,7 @@ def answers(quick: bool) -> int:
     print("\nTwo items in doubt, exact .75, among n of which the rest is certain")
     for n in (2, 3, 6, 8):
         problem = one_doubtful_pair(n, 0.75)
-        guide, _ = fitted(fit_discrete_kl, problem, particles=256)
+        guide, _ = fitted(fit_discrete_kl, problem, particles=512, rate=0.1)
         probability = guide.marginals(draws)[0][0, 0, 0]
         law = problem.exact()[1][0, 0, 0]
         print(f"  n {n}: exact {law:.3f}, discrete KL {probability:.3f}", flush=True)

@@ -85,12 +85,14 @@ def one_doubtful_pair(items: int, probability: float) -> Problem:
 
 # %% Fits
 def fit_discrete_kl(
-    problem: Problem, *, particles: int = 64, steps: int = 200
+    problem: Problem, *, particles: int = 64, steps: int = 200, rate: float = 0.2
 ) -> GumbelSinkhorn:
     """Discrete-KL SVI: the particles are the draws of the guide's marginals, too.
 
     The temperature falls from .5 to .05 over the first half of the steps, so that the
     better one of two distant matchings is found; the step length falls in the second.
+    What is left of the noise of a probability goes with the square root of the rate
+    over the number of particles.
     """
 
     def model(temperature: float) -> None:
@@ -104,7 +106,7 @@ def fit_discrete_kl(
         max_plate_nesting=1,
         marginal_samples=particles,
     )
-    return _trained(problem, model, elbo, (0.5, 0.05), steps)
+    return _trained(problem, model, elbo, (0.5, 0.05), steps, rate)
 
 
 def fit_relaxed(
@@ -121,7 +123,7 @@ def fit_relaxed(
     elbo = Trace_ELBO(
         num_particles=particles, vectorize_particles=True, max_plate_nesting=1
     )
-    return _trained(problem, model, elbo, (temperature, temperature), steps)
+    return _trained(problem, model, elbo, (temperature, temperature), steps, 0.2)
 
 
 def _trained(
@@ -130,6 +132,7 @@ def _trained(
     elbo: Trace_ELBO,
     temperatures: tuple[float, float],
     steps: int,
+    rate: float,
 ) -> GumbelSinkhorn:
     shape = (problem.repetitions, problem.items, problem.items)
 
@@ -142,7 +145,7 @@ def _trained(
     optimiser = pyro.optim.LambdaLR(
         {
             "optimizer": torch.optim.Adam,
-            "optim_args": {"lr": 0.2},
+            "optim_args": {"lr": rate},
             "lr_lambda": lambda step: min(1.0, 2 * (1 - step / steps)),
         }
     )
