@@ -60,7 +60,9 @@ def _prices(
 
     A matched row has u_i = x_ik - v_k with k its column, which leaves of the
     conditions differences v_j - v_k >= x_ij - x_ik. An unmatched row has u_i = 0. There
-    is no cycle of positive length, or the matching could be improved along it.
+    is no cycle of positive length, or the matching could be improved along it. Of all
+    solutions, a polytope, this is the middle of the least and the largest: there no
+    pair costs nothing that need not.
     """
     b, _, m = x.shape
     matched = perm >= 0
@@ -77,15 +79,22 @@ def _prices(
     taken = np.zeros((b, m), dtype=np.bool_)
     taken[element, k] = True
     length[:, :m, m] = np.where(taken, length[:, :m, m], 0.0)
-    v = np.zeros((b, m + 1))
-    for _ in range(m + 1):
+    least, most = _longest(length), -_longest(length.swapaxes(-1, -2))
+    v = (least + most) / 2
+    v = v[:, :m] - v[:, m:]
+    price = np.take_along_axis(v, np.where(matched, perm, 0), -1)
+    return np.where(matched, own[..., 0] - price, 0.0), v
+
+
+def _longest(length: NDArray[np.float64]) -> NDArray[np.float64]:  # (b, k, k), (b, k)
+    """The longest path to each node, from anywhere."""
+    v = np.zeros(length.shape[:-1])
+    for _ in range(length.shape[-1]):
         longer = np.maximum(v, (v[..., None] + length).max(-2))
         if np.array_equal(longer, v):
             break
         v = longer
-    v = v[:, :m] - v[:, m:]
-    price = np.take_along_axis(v, np.where(matched, perm, 0), -1)
-    return np.where(matched, own[..., 0] - price, 0.0), v
+    return v
 
 
 @dual_prices.register_fake

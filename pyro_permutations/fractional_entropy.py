@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["calibrated_entropy", "entropy_terms", "fractions"]
+__all__ = ["calibrated_entropy", "entropy_terms", "fraction"]
 
 import math
 from functools import lru_cache
@@ -35,6 +35,39 @@ def calibrated_entropy(
     r"""Entropy of a law over matchings with given marginals, approximately.
 
     .. math:: H_g(B) = -\sum B \log B - g \sum (1 - B) \log (1 - B)
+
+    with -r log r for the slack of rows and columns that may stay unmatched. It is zero
+    at a permutation whatever g is, between -1 (Bethe's entropy) and 0 (mean field); g
+    is chosen so that the largest entropy is the log of the number of matchings. So it
+    is exact for the uniform law, and a divergence from that is never negative. For
+    n x n
+
+    .. math:: g_n = (n \log n - \log n!) / (n (n - 1) \log (1 - 1/n))
+
+    which is -1/2, and exact for every B, for n = 2. With a mask each block, a set of
+    items that hang together, has its own g, from the exact number of its matchings if
+    it has up to 16 items on the smaller side; larger ones have that of a full matrix of
+    their size. The exact entropy is that of the Gibbs law with marginals B.
+
+    Args:
+        marginals: How likely each pair is, B of shape ``(*batch, n, m)``; rows and
+            columns that have to be matched sum to one.
+        mask: Allowed pairs, or a :class:`~pyro_permutations.MatchingGraph`, which says
+            what may stay unmatched, too.
+
+    Returns:
+        Nats, ``(*batch,)``. The slope at marginals of zero is large, but finite.
+
+    References:
+        Chertkov and Yedidia, "Approximating the permanent with fractional belief
+        propagation" (2013), for the family.
+
+    Example:
+        >>> B = torch.tensor([[0.75, 0.25], [0.25, 0.75]])
+        >>> calibrated_entropy(B)  # -.75 log .75 - .25 log .25
+        tensor(0.5623)
+        >>> calibrated_entropy(torch.ones(4, 4) / 4).exp()  # 4!
+        tensor(24.0000)
     """
     n, m = marginals.shape[-2:]
     graph = matching_graph(mask, (n, m), marginals.device)
@@ -42,9 +75,9 @@ def calibrated_entropy(
     flat, graph = flattened(torch.Size(lead), graph)
     B = marginals.double().expand(*lead, n, m).reshape(*flat, n, m)
     values = []
-    for block, gamma in zip(blocks(graph), fractions(graph), strict=True):
+    for k, block in enumerate(blocks(graph)):
         pairs, rest = entropy_terms(take_block(B, block), block)
-        values.append((block, pairs - gamma * rest))
+        values.append((block, pairs - fraction(graph, k) * rest))
     return sum_blocks(values, B[..., 0, 0]).reshape(lead).to(marginals.dtype)
 
 
@@ -66,20 +99,20 @@ def _entropy(x: Tensor) -> Tensor:
     return -x * x.clamp_min(torch.finfo(x.dtype).tiny).log()
 
 
-def fractions(graph: MatchingGraph) -> list[Tensor]:
-    """The number -g for each of the graph's blocks, (C,) each, between 0 and 1."""
-    return _fractions(graph, str(graph.device))
+def fraction(graph: MatchingGraph, index: int) -> Tensor:  # (C,)
+    """The number -g of the blocks of one size, between 0 and 1."""
+    return _kept_fraction(graph, str(graph.device), index)
 
 
-@lru_cache(maxsize=64)
-def _fractions(graph: MatchingGraph, device: str) -> list[Tensor]:
-    # The numbers outlive the mode in which they were first asked for.
+@lru_cache(maxsize=256)
+def _kept_fraction(graph: MatchingGraph, device: str, index: int) -> Tensor:
+    # It outlives the mode in which it was first asked for.
     with torch.inference_mode(False), torch.no_grad():
-        return [_fraction(block) for block in blocks(graph)]
+        return _fraction(blocks(graph)[index])
 
 
 def _fraction(block: Block) -> Tensor:  # (C,)
-    """The fraction with which the largest entropy is the log of the number of matchings.
+    """The fraction whose largest entropy is the log of the number of matchings.
 
     The largest entropy falls with it, convexly, and its slope is minus what is left of
     the pairs: Newton's method, which comes from one side after the first step.

@@ -100,7 +100,7 @@ class _Maximum(torch.autograd.Function):
         columns = free_columns.expand(*lead, 1, t).reshape(-1, t)
         u, v = dual_prices(x, rows, columns)
         problem = _Problem(
-            x - u[..., None] - v[:, None, :],
+            (x - v[:, None, :] - u[..., None]).clamp_max(0.0),  # but for rounding
             torch.where(rows, -u, -torch.inf),
             torch.where(columns, -v, -torch.inf),
             not bool(rows.any() or columns.any()),

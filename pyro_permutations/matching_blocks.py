@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_permutations project.
 # SPDX-License-Identifier: Apache-2.0
-"""A matching problem taken apart into blocks that have nothing to do with each other."""
+"""A matching problem taken apart into blocks that share no pair."""
 
 from __future__ import annotations
 

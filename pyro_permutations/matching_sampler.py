@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_permutations project.
 # SPDX-License-Identifier: Apache-2.0
-"""Draws from the Gibbs law of matchings: exact for few items, else by a Markov chain."""
+"""Draws from the Gibbs law of matchings: exact for few items, else by chains."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ __all__ = [
 ]
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from pyro_permutations.fractional_entropy import (
     calibrated_entropy,
     entropy_terms,
-    fractions,
+    fraction,
 )
 from pyro_permutations.fractional_solver import fractional_maximum
 from pyro_permutations.matching_blocks import Block, blocks, sum_blocks, take_block
@@ -38,8 +39,9 @@ LARGEST_EXACT = 20
 # at a corner. The maximum at 1 - this in place of one is right to its square.
 _ALMOST = 1e-5
 
-# Scores (a, C, s, t) of a block and its fractions (C,) to values (a, C).
-_Solver = Callable[[Tensor, Block, Tensor], Tensor]
+# Scores (a, C, s, t) of a block, and how to find its fractions (C,), to values (a, C).
+_Fraction = Callable[[], Tensor]
+_Solver = Callable[[Tensor, Block, _Fraction], Tensor]
 
 
 def log_permanent(
@@ -59,9 +61,10 @@ def log_permanent(
 
     By recursion over the subsets of the smaller side, n 2^(n-1) products for n x n,
     after the prices of rows and columns at the best matching have been taken off. All
-    terms are positive: nothing cancels, overflows or vanishes. A mask is taken apart
-    into blocks first. The gradient with respect to X are the marginals, P(i is matched
-    to j), and it can be differentiated any number of times.
+    terms are positive: nothing cancels, overflows or vanishes. With a gradient it keeps
+    about n 2^n numbers. A mask is taken apart into blocks first. The gradient with
+    respect to X are the marginals, P(i is matched to j), and it can be differentiated
+    any number of times.
 
     Args:
         logits: Scores X of shape ``(*batch, n, m)``. ``-inf`` forbids a pair.
@@ -105,7 +108,9 @@ def calibrated_log_permanent(
 
     over the doubly stochastic B on the mask, with :func:`calibrated_entropy`, whose g
     is exact at permutations and for the uniform law. It takes one convex program, of
-    which the residual is checked. The gradient is B, which approximates the marginals;
+    which the residual is checked. For normal scores it is low: for 12 x 12 by .04 nats
+    in the mean and .09 at worst at standard deviation 1, and .3 and .7 at 4
+    (``benchmarks/permanents.py``). The gradient is B, which approximates the marginals;
     it can be differentiated once more.
 
     Args:
@@ -213,7 +218,7 @@ def is_exact(graph: MatchingGraph) -> Tensor:  # (n, m) bool
     return exact.reshape(*graph.batch_shape, *graph.shape)
 
 
-def _exact(scores: Tensor, block: Block, gamma: Tensor) -> Tensor:
+def _exact(scores: Tensor, block: Block, gamma: _Fraction) -> Tensor:
     lead, shape = scores.shape[:2], scores.shape[2:]
     mask, *free = (
         x.expand(lead[0], *x.shape).flatten(0, 1)
@@ -222,21 +227,21 @@ def _exact(scores: Tensor, block: Block, gamma: Tensor) -> Tensor:
     return log_sum(scores.reshape(-1, *shape), mask, (free[0], free[1])).reshape(lead)
 
 
-def _fractional(scores: Tensor, block: Block, gamma: Tensor) -> Tensor:
-    return _maximum(scores, block, gamma)[0]
+def _fractional(scores: Tensor, block: Block, gamma: _Fraction) -> Tensor:
+    return _maximum(scores, block, gamma())[0]
 
 
-def _capacity(scores: Tensor, block: Block, gamma: Tensor) -> Tensor:
-    return _maximum(scores, block, torch.zeros_like(gamma))[0]
+def _capacity(scores: Tensor, block: Block, gamma: _Fraction) -> Tensor:
+    return _maximum(scores, block, scores.new_zeros(scores.shape[1]))[0]
 
 
-def _bethe(scores: Tensor, block: Block, gamma: Tensor) -> Tensor:
-    _, B = _maximum(scores, block, torch.full_like(gamma, 1 - _ALMOST))
-    entropy, rest = entropy_terms(B, block)
-    return (scores * B).sum((-2, -1)) + entropy - rest
+def _bethe(scores: Tensor, block: Block, gamma: _Fraction) -> Tensor:
+    almost = scores.new_full(scores.shape[1:2], 1 - _ALMOST)
+    value, B = _maximum(scores, block, almost)
+    return value - _ALMOST * entropy_terms(B, block)[1]
 
 
-def _best_known(scores: Tensor, block: Block, gamma: Tensor) -> Tensor:
+def _best_known(scores: Tensor, block: Block, gamma: _Fraction) -> Tensor:
     return (_exact if block.size <= EXACT else _fractional)(scores, block, gamma)
 
 
@@ -255,8 +260,8 @@ def _by_block(solver: _Solver, scores: Tensor, graph: MatchingGraph) -> Tensor:
     flat, graph = flattened(lead, graph)
     x = scores.expand(*lead, *graph.shape).reshape(*flat, *graph.shape)
     values = [
-        (block, solver(take_block(x, block), block, gamma))
-        for block, gamma in zip(blocks(graph), fractions(graph), strict=True)
+        (block, solver(take_block(x, block), block, partial(fraction, graph, k)))
+        for k, block in enumerate(blocks(graph))
     ]
     return sum_blocks(values, x[..., 0, 0]).reshape(lead)
 

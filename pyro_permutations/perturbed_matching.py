@@ -8,6 +8,7 @@ __all__ = ["log_prob_best", "log_prob_two_items"]
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def log_prob_two_items(
     is this: the integral of their density over w = e^-x is that of w / ((1 + w)^2
     (w + e^-s)), by partial fractions. Negative gaps are as likely to be overcome.
     """
-    s = gap.abs()
+    s = torch.where(gap < 0, -gap, gap)  # with a slope at zero
     near = s < 0.05
     # Q is 1/2 less the integral of the density's series about zero.
     series = 0.5 - s / 6 + s**3 / 180 - s**5 / 5040 + s**7 / 151200
@@ -57,12 +58,12 @@ def log_prob_best(
     continuous in the scores. Noise is from a generator of its own, always the same.
     """
     (b, s, t), K = scores.shape, samples
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(K, s, t, generator=generator, dtype=torch.float64)
-    noise = -(-noise.clamp_min(1e-300).log()).log()
-    levels = torch.rand(K, s, generator=generator, dtype=torch.float64)
-    levels = levels.clamp(1e-300, 1 - 1e-16).log()
-    noise, levels = noise.to(scores.device), levels.to(scores.device)
+    if b == 0:
+        return scores.sum((-2, -1)), scores.detach().sum((-2, -1))
+    generator = np.random.default_rng(0)  # torch's do not run under torch.func.vmap
+    uniform = generator.random((K, s, t + 1)).clip(1e-300, 1 - 1e-16)
+    levels = torch.from_numpy(uniform).to(scores.device).log()
+    noise, levels = -(-levels[..., :t]).log(), levels[..., t]
     size = max(1, _MOST // (K * (s + 1) ** 2))
     pieces = []
     for start in range(0, b, size):

@@ -29,8 +29,8 @@ def possible_matchings(
     """Which values are matchings that the mask of their batch element allows.
 
     Raises:
-        ValueError: If a value has another shape, or is no permutation matrix, or partial
-            one where that can be. Relaxed values have a density, not a probability:
+        ValueError: If a value has another shape, or is no permutation matrix, or a
+            partial one where that can be. Relaxed values have no probability, and
             scoring them here would give a meaningless loss without any sign of it.
     """
     n, m = graph.shape
