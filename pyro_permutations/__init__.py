@@ -18,6 +18,7 @@ from pyro_permutations.distributions import (
     noise_kl,
 )
 from pyro_permutations.infer import (
+    DiscreteKL_ELBO,
     MatchingDraws,
     posterior_by_enumeration,
     posterior_from_guide,
@@ -50,6 +51,7 @@ __all__ = [
     "Candidate",
     "ContrastsTransform",
     "ConvergenceWarning",
+    "DiscreteKL_ELBO",
     "GibbsMatching",
     "GumbelContrasts",
     "GumbelMatching",
