@@ -16,6 +16,7 @@ from pyro_permutations.distributions import (
     UniformPermutation,
     noise_kl,
 )
+from pyro_permutations.infer import InformedSwaps, Mixing, mixing, relax
 from pyro_permutations.link_count import link_count_prior
 from pyro_permutations.matching import matching, to_indices, to_matrix
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
@@ -38,8 +39,10 @@ __all__ = [
     "GumbelContrasts",
     "GumbelSinkhorn",
     "GumbelSinkhornStraightThrough",
+    "InformedSwaps",
     "LostLogWarning",
     "MatchingGraph",
+    "Mixing",
     "SinkhornTransform",
     "UniformPermutation",
     "calibrated_entropy",
@@ -51,8 +54,10 @@ __all__ = [
     "log_sinkhorn",
     "matching",
     "matching_graph",
+    "mixing",
     "noise_kl",
     "permutation_matrix",
+    "relax",
     "sinkhorn",
     "slack_of",
     "to_indices",

@@ -1,0 +1,78 @@
+# Copyright Contributors to the pyro_permutations project.
+# SPDX-License-Identifier: Apache-2.0
+"""How well chains over matchings have mixed, item by item."""
+
+from __future__ import annotations
+
+__all__ = ["Mixing", "mixing"]
+
+from typing import NamedTuple
+
+import torch
+from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from torch import Tensor
+
+
+class Mixing(NamedTuple):
+    """The worst entry of each row, over the entries that change at all."""
+
+    r_hat: Tensor  # (*batch, n), NaN for rows that never change
+    effective_size: Tensor  # (*batch, n), NaN likewise
+    constant: Tensor  # (*batch, n) long, entries of the row that never change
+
+
+def mixing(
+    samples: Tensor,  # (chains, samples, *batch, n, m)
+) -> Mixing:
+    r"""R-hat and effective sample size of each item that is matched.
+
+    Both are computed for each entry of P, as a chain of zeros and ones, and for being
+    unmatched where that happens. The R-hat of a row is its largest, the effective size
+    its smallest. Entries that are the same in every sample of every chain have neither:
+    they are left out, and counted. An entry that is constant in each chain, but not
+    the same in all, has :math:`\hat R = \infty` and an effective size of zero.
+
+    Args:
+        samples: Of ``mcmc.get_samples(group_by_chain=True)``, at least four for each
+            chain, from two chains or more if R-hat is to see chains that are stuck.
+
+    Raises:
+        ValueError: If there are fewer than four samples, or no chain dimension.
+
+    References:
+        Gelman et al., "Bayesian data analysis" (2013), section 11.4; the computation is
+        that of ``pyro.ops.stats``.
+
+    Example:
+        >>> samples = torch.eye(3)[torch.rand(2, 100, 3).argsort(-1)]
+        >>> samples[..., 2, :] = torch.tensor([0.0, 0.0, 1.0])
+        >>> found = mixing(samples)
+        >>> found.r_hat.isnan(), found.constant
+        (tensor([False, False,  True]), tensor([0, 0, 3]))
+    """
+    if samples.dim() < 4 or samples.shape[1] < 4:
+        raise ValueError(
+            "samples must have shape (chains, samples, *batch, n, m) with at least 4 "
+            f"samples, got {tuple(samples.shape)}. Use get_samples(group_by_chain=True)."
+        )
+    samples = samples.double()
+    alone = 1 - samples.sum(-1, keepdim=True)
+    entries = torch.cat([samples, alone], -1) if alone.any() else samples
+    first = entries[:1, :1]
+    changes = (entries != first).any(0).any(0)
+    within = (entries != entries[:, :1]).any(1).all(0)  # in every chain
+    chosen = entries[:, :, changes]
+    r_hat = torch.full_like(first[0, 0], -torch.inf)
+    size = torch.full_like(r_hat, torch.inf)
+    if changes.any():
+        r_hat[changes] = split_gelman_rubin(chosen)
+        size[changes] = effective_sample_size(chosen)
+        stuck = changes & (r_hat.isnan() | ~(within | r_hat.isfinite()))
+        r_hat[stuck], size[stuck] = torch.inf, 0.0
+    size = size.nan_to_num(0.0, posinf=torch.inf)
+    moves = changes.any(-1)
+    return Mixing(
+        torch.where(moves, r_hat.amax(-1), torch.nan),
+        torch.where(moves, size.amin(-1), torch.nan),
+        (~changes).sum(-1),
+    )
