@@ -47,7 +47,7 @@ def row_logits(
 ) -> Tensor:  # (K, n, m + 1)
     """Half of what each row alone would gain by each column, to second order."""
     n, m = space.shape[1:]
-    gain = gradient.unflatten(-1, (n, m + 1))
+    gain: Tensor = gradient.unflatten(-1, (n, m + 1))
     if curvature is not None:
         taken = torch.arange(n * (m + 1), device=column.device).reshape(n, m + 1)
         left = (taken[:, :1] + column[..., None]).expand(-1, -1, m + 1)
@@ -114,6 +114,7 @@ def log_cycle_proposal(
     possible = _possible(space, column, owner, cycle.rows, first, taken)
     weight = torch.where(possible, logits[state, cycle.rows], -torch.inf)
     log_choice = weight.log_softmax(-1).gather(-1, cycle.columns[..., None])[..., 0]
+    log_choice = log_choice.nan_to_num(-torch.inf, neginf=-torch.inf)  # NaN is a choice of nothing
     return torch.where(steps, log_choice, 0).sum(-1)
 
 

@@ -90,6 +90,8 @@ class InformedSwaps(MCMCKernel):
         https://arxiv.org/abs/1905.02939.
 
     Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
         >>> from pyro.infer import MCMC
         >>> from pyro_permutations import UniformPermutation
         >>> y = torch.tensor([0.0, 1.0, 2.0])
@@ -219,19 +221,19 @@ class InformedSwaps(MCMCKernel):
         self, model: Callable[[], Any], guide: Callable[[], Any] | None
     ) -> poutine.Trace:
         """A trace of the model with a feasible value at every latent site."""
-        guess: dict[str, Any] = {}
+        guess: Values = {}
         if guide is not None:
-            nodes = poutine.trace(guide).get_trace().nodes
-            guess = {k: x for k, x in nodes.items() if x["type"] == "sample"}
+            for name, node in poutine.trace(guide).get_trace().nodes.items():
+                if node["type"] == "sample":
+                    guess[name] = torch.as_tensor(node["value"])
 
         def strategy(site: dict[str, Any]) -> Tensor:
             name, prior = site["name"], permutation_prior(site["fn"])
             if prior is None:
-                if name in guess:
-                    return guess[name]["value"].detach()
-                return init_to_uniform(site)
+                value: Tensor = guess[name] if name in guess else init_to_uniform(site)
+                return value
             if name in guess:
-                scores = log_of(guess[name]["value"].detach())
+                scores = log_of(guess[name])
             else:
                 noise = torch.empty_like(prior.logits).exponential_()
                 scores = prior.logits - noise.log()
@@ -250,8 +252,8 @@ class InformedSwaps(MCMCKernel):
         traces = [self._start(model, guide) for _ in range(self.replicas)]
 
         def stack(name: str) -> Tensor:
-            values = [trace.nodes[name]["value"].detach() for trace in traces]
-            return torch.stack(values)
+            values = [torch.as_tensor(trace.nodes[name]["value"]) for trace in traces]
+            return torch.stack(values).detach()
 
         P = {name: stack(name) for name in density.priors}
         free = {name: t.inv(stack(name)) for name, t in density.transforms.items()}

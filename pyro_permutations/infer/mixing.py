@@ -53,7 +53,8 @@ def mixing(
     if samples.dim() < 4 or samples.shape[1] < 4:
         raise ValueError(
             "samples must have shape (chains, samples, *batch, n, m) with at least 4 "
-            f"samples, got {tuple(samples.shape)}. Use get_samples(group_by_chain=True)."
+            f"samples, got {tuple(samples.shape)}. Use "
+            "get_samples(group_by_chain=True)."
         )
     samples = samples.double()
     alone = 1 - samples.sum(-1, keepdim=True)

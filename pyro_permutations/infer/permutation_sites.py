@@ -29,10 +29,13 @@ def permutation_prior(fn: Any) -> GibbsMatching | None:
 
 def with_prior(fn: Any, prior: TorchDistribution) -> TorchDistribution:
     """The same ``to_event``, ``mask`` and ``expand`` around another prior."""
+    if not isinstance(fn, _WRAPPERS):
+        return prior
+    inner: Any = with_prior(fn.base_dist, prior)
     if isinstance(fn, dist.Independent):
-        return with_prior(fn.base_dist, prior).to_event(fn.reinterpreted_batch_ndims)
-    if isinstance(fn, MaskedDistribution):
-        return with_prior(fn.base_dist, prior).mask(fn._mask)
-    if isinstance(fn, ExpandedDistribution):
-        return with_prior(fn.base_dist, prior).expand(fn.batch_shape)
-    return prior
+        inner = inner.to_event(fn.reinterpreted_batch_ndims)
+    elif isinstance(fn, MaskedDistribution):
+        inner = inner.mask(fn._mask)
+    else:
+        inner = inner.expand(fn.batch_shape)
+    return inner  # type: ignore[no-any-return]

@@ -7,12 +7,14 @@ from __future__ import annotations
 __all__ = ["SwapChain"]
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from pyro_permutations.infer.cycle_moves import (
+    Cycle,
     apply_cycle,
     draw_cycle,
     log_cycle_proposal,
@@ -34,8 +36,25 @@ from pyro_permutations.infer.tempered_density import TemperedDensity, Terms, Val
 # Of all steps so many try a cycle in place of a swap, and so many a uniform swap, which
 # gets a chain out where the gradient misleads it.
 CYCLES, UNIFORM = 0.1, 0.1
-# The moves from the current states, and the changes of both parts of the density.
-Scored = tuple[Moves, Tensor, Tensor | None]
+
+
+class Scored(NamedTuple):
+    """The moves from R states, and how they change the two parts of the density."""
+
+    moves: Moves
+    tempered: Tensor  # (R, B, M)
+    fixed: Tensor | None  # (R, B, M); None: not at all
+
+
+class Proposal(NamedTuple):
+    """New states of one site, for each of R replicas."""
+
+    name: str
+    column: Tensor  # (R, B, n)
+    P: Tensor  # (R, *batch, n, m)
+    terms: Terms
+    log_ratio: Tensor  # (R,) log of what the acceptance compares with one
+    scored: Scored | None
 
 
 class SwapChain:
@@ -102,22 +121,19 @@ class SwapChain:
 
     def measure_curvature(self) -> None:
         """Average the curvature over one state more."""
-        one = {name: x[0] for name, x in self.matrices().items()}
-        found = self.density.curvature(
-            one, {name: x[0] for name, x in self.free.items()}
-        )
+        one = {name: x[0] for name, x in self._P.items()}
+        free = {name: x[0] for name, x in self.free.items()}
         self._curvatures += 1
-        for name, block in found.items():
+        for name, block in self.density.curvature(one, free).items():
             old = self.curvature.get(name)
-            if block is None:
-                if old is not None:
-                    self.curvature[name] = old * (1 - 1 / self._curvatures)
+            if block is None and old is None:
                 continue
-            n, m = self.shape[name][-2:]
-            size = block.shape[0], n, m, n, m
-            block = pad(block.reshape(size), (0, 1, 0, 0, 0, 1))
-            block = block.reshape(len(block), n * (m + 1), n * (m + 1))
-            old = torch.zeros_like(block) if old is None else old
+            if block is not None:  # zero at the cells for being unmatched
+                n, m = self.shape[name][-2:]
+                block = pad(block.reshape(-1, n, m, n, m), (0, 1, 0, 0, 0, 1))
+                block = block.reshape(len(block), n * (m + 1), n * (m + 1))
+            old = torch.zeros_like(block) if old is None else old  # type: ignore[arg-type]
+            block = torch.zeros_like(old) if block is None else block
             self.curvature[name] = old + (block - old) / self._curvatures
         self._scored = {}
 
@@ -126,9 +142,12 @@ class SwapChain:
         site, kind = torch.rand(2).tolist()
         name = self.names[int(site * len(self.names))]
         if kind < CYCLES and self.spaces[name].shape[1] > 2:
-            self._try_cycle(name)
+            self._accept(self.cycle(name, *self.draw_walk(name)))
         else:
-            self._try_swap(name, uniform=kind > 1 - UNIFORM)
+            uniform = kind > 1 - UNIFORM
+            log_q = self.log_swaps(name, uniform)
+            noise = torch.empty_like(log_q).exponential_().log()
+            self._accept(self.swap(name, uniform, log_q, (log_q - noise).argmax(-1)))
         self._steps += 1
         if self.replicas > 1:
             order = self.ladder.exchange(self.terms.tempered)
@@ -140,82 +159,72 @@ class SwapChain:
         self.ladder.adapt()
         self.beta = self.beta.new_tensor(self.ladder.beta)
 
-    # A swap, and a cycle
+    # Proposals: what may be drawn, and what is proposed when it has been
 
-    def _try_swap(self, name: str, uniform: bool) -> None:
-        space, x = self.spaces[name], self.column[name]
+    def log_swaps(self, name: str, uniform: bool) -> Tensor:  # (R, B M)
+        """Log probability of every move that may be proposed."""
         if name not in self._scored:
-            self._scored[name] = self._score(name, x, self.terms)
-        moves, *changes = self._scored[name]
-        log_q = log_proposal(self._weight(changes, uniform), moves.feasible)
-        noise = torch.empty_like(log_q).exponential_().log()
-        chosen = (log_q - noise).argmax(-1)
-        y = apply_move(space, x, moves, chosen)
-        P = self._matrix(name, y)
-        terms = self._evaluate({**self._P, name: P})
-        scored = self._score(name, y, terms)
-        log_r = log_proposal(self._weight(scored[1:], uniform), scored[0].feasible)
-        back = reverse_of(space, x, chosen)
-        forward = log_q.gather(-1, chosen[:, None])[:, 0]
-        backward = log_r.gather(-1, back[:, None])[:, 0]
-        # Where no move is feasible the state stays, whatever was chosen.
-        ratio = torch.where(forward > -torch.inf, backward - forward, -torch.inf)
-        self._accept(name, (y, P), terms, ratio, scored)
+            self._scored[name] = self._score(name, self.column[name], self.terms)
+        return self._log_proposal(self._scored[name], uniform)
 
-    def _try_cycle(self, name: str) -> None:
-        space, x = self.spaces[name], self.column[name]
-        state = torch.arange(self.replicas, device=x.device)
-        element = torch.randint(len(space.allowed), (self.replicas,), device=x.device)
-        one = MatchingSpace(
-            space.allowed[element], space.free_columns[element], space.has_slack
-        )
-        column = x[state, element]
-        logits = self._row_logits(name, one, column, element, self.terms)
-        cycle = draw_cycle(one, column, logits)
-        new = apply_cycle(column, cycle)
-        y = x.clone()
-        y[state, element] = new
-        P = self._matrix(name, y)
-        terms = self._evaluate({**self._P, name: P})
-        back = reverse_cycle(one, column, cycle)
-        there = self._row_logits(name, one, new, element, terms)
-        ratio = log_cycle_proposal(one, new, there, back)
-        ratio = ratio - log_cycle_proposal(one, column, logits, cycle)
-        self._accept(name, (y, P), terms, ratio, None)
-
-    def _accept(
+    def swap(
         self,
         name: str,
-        new: tuple[Tensor, Tensor],  # columns and matrices
-        terms: Terms,
-        log_ratio: Tensor,  # (R,) log q(x | y) - log q(y | x)
-        scored: Scored | None,
-    ) -> None:
-        old = self.terms
-        change = terms.fixed - old.fixed + self.beta * (terms.tempered - old.tempered)
-        limit = -torch.empty_like(change).exponential_()
-        accept = change + log_ratio > limit  # not if NaN
+        uniform: bool,
+        log_q: Tensor,  # (R, B M)
+        chosen: Tensor,  # (R,) long
+    ) -> Proposal:
+        """The state after one move, and how likely it is accepted."""
+        space, x = self.spaces[name], self.column[name]
+        y = apply_move(space, x, self._scored[name].moves, chosen)
+        P, terms = self._at(name, y)
+        scored = self._score(name, y, terms)
+        log_r = self._log_proposal(scored, uniform)
+        forward = log_q.gather(-1, chosen[:, None])[:, 0]
+        back = log_r.gather(-1, reverse_of(space, x, chosen)[:, None])[:, 0]
+        # Where no move is feasible the state stays, whatever was chosen.
+        ratio = torch.where(forward > -torch.inf, back - forward, -torch.inf)
+        return Proposal(name, y, P, terms, self._gain(terms) + ratio, scored)
+
+    def draw_walk(self, name: str) -> tuple[Tensor, Cycle]:
+        """A random matrix of each batch, and a walk over its rows."""
+        B = len(self.spaces[name].allowed)
+        element = torch.randint(B, (self.replicas,), device=self.beta.device)
+        one, x, logits = self._of(name, self.column[name], element, self.terms)
+        return element, draw_cycle(one, x, logits)
+
+    def cycle(self, name: str, element: Tensor, walk: Cycle) -> Proposal:
+        """The state after a walk, and how likely it is accepted."""
+        one, x, logits = self._of(name, self.column[name], element, self.terms)
+        state = torch.arange(self.replicas, device=element.device)
+        y = self.column[name].clone()
+        y[state, element] = apply_cycle(x, walk)
+        P, terms = self._at(name, y)
+        _, new, there = self._of(name, y, element, terms)
+        ratio = log_cycle_proposal(one, new, there, reverse_cycle(one, x, walk))
+        ratio = ratio - log_cycle_proposal(one, x, logits, walk)
+        return Proposal(name, y, P, terms, self._gain(terms) + ratio, None)
+
+    def _accept(self, proposal: Proposal) -> None:
+        limit = -torch.empty_like(self.beta).exponential_()
+        accept = proposal.log_ratio > limit  # not if NaN
         answers = accept.tolist()
         if not any(answers):
             return
         self._accepted += accept
-        if all(answers):
-            (self.column[name], P), self.terms = new, terms
-            self._P = {**self._P, name: P}
-            self._scored = {} if scored is None else {name: scored}
-            return
+        name = proposal.name
+        known, self._scored = self._scored.get(name), {}
 
-        def pick(after: Tensor, before: Tensor) -> Tensor:
-            which = accept.view(-1, *[1] * (after.dim() - 1))
-            return torch.where(which, after, before)
+        def pick(new: Tensor, old: Tensor) -> Tensor:
+            if all(answers):
+                return new
+            return torch.where(accept.view(-1, *[1] * (new.dim() - 1)), new, old)
 
-        self.column[name] = pick(new[0], self.column[name])
-        self._P = {**self._P, name: pick(new[1], self._P[name])}
-        self.terms = _join_terms(pick, terms, old)
-        known = self._scored.get(name)
-        self._scored = {}
-        if scored is not None and known is not None:
-            self._scored[name] = _join_scored(pick, scored, known)
+        self.column[name] = pick(proposal.column, self.column[name])
+        self._P = {**self._P, name: pick(proposal.P, self._P[name])}
+        self.terms = _join_terms(pick, proposal.terms, self.terms)
+        if proposal.scored is not None and known is not None:
+            self._scored[name] = _join_scored(pick, proposal.scored, known)
 
     # What a step needs
 
@@ -225,35 +234,42 @@ class SwapChain:
         fixed = None
         if terms.fixed_gradient:
             fixed = score(moves, terms.fixed_gradient[name], None)
-        return moves, change, fixed
+        return Scored(moves, change, fixed)
 
-    def _weight(
-        self, changes: list[Tensor | None] | tuple[Tensor | None, ...], uniform: bool
-    ) -> Tensor:
-        change, fixed = changes
-        assert change is not None
+    def _log_proposal(self, scored: Scored, uniform: bool) -> Tensor:
+        change = self.beta[:, None, None] * scored.tempered
+        if scored.fixed is not None:
+            change = change + scored.fixed
         if uniform:
-            return torch.zeros_like(change)
-        change = self.beta[:, None, None] * change
-        return change if fixed is None else change + fixed
+            change = torch.zeros_like(change)
+        return log_proposal(change, scored.moves.feasible)
 
-    def _row_logits(
-        self,
-        name: str,
-        one: MatchingSpace,
-        column: Tensor,
-        element: Tensor,
-        terms: Terms,
-    ) -> Tensor:
-        state = torch.arange(self.replicas, device=column.device)
+    def _of(
+        self, name: str, column: Tensor, element: Tensor, terms: Terms
+    ) -> tuple[MatchingSpace, Tensor, Tensor]:
+        """One matrix of each batch: its space, its state, and what walks go by."""
+        space = self.spaces[name]
+        one = MatchingSpace(
+            space.allowed[element], space.free_columns[element], space.has_slack
+        )
+        state = torch.arange(self.replicas, device=element.device)
+        x, curvature = column[state, element], self.curvature.get(name)
         gradient = terms.tempered_gradient[name][state, element]
-        curvature = self.curvature.get(name)
-        logits = row_logits(one, column, gradient, curvature, element)
+        logits = row_logits(one, x, gradient, curvature, element)
         logits = self.beta[:, None, None] * logits
         if terms.fixed_gradient:
             gradient = terms.fixed_gradient[name][state, element]
-            logits = logits + row_logits(one, column, gradient, None, element)
-        return logits
+            logits = logits + row_logits(one, x, gradient, None, element)
+        return one, x, logits
+
+    def _gain(self, terms: Terms) -> Tensor:
+        """Log density after, less that before, of each replica at its temperature."""
+        tempered = self.beta * (terms.tempered - self.terms.tempered)
+        return terms.fixed - self.terms.fixed + tempered
+
+    def _at(self, name: str, column: Tensor) -> tuple[Tensor, Terms]:
+        P = self._matrix(name, column)
+        return P, self._evaluate({**self._P, name: P})
 
     def _matrix(self, name: str, column: Tensor) -> Tensor:
         flat = self.spaces[name].matrices(column, self.dtype)
@@ -301,6 +317,6 @@ def _join_terms(join: Join, x: Terms, y: Terms) -> Terms:
 
 
 def _join_scored(join: Join, x: Scored, y: Scored) -> Scored:
-    moves = Moves(*(join(a, b) for a, b in zip(x[0], y[0], strict=True)))
-    fixed = None if x[2] is None or y[2] is None else join(x[2], y[2])
-    return moves, join(x[1], y[1]), fixed
+    moves = Moves(*(join(a, b) for a, b in zip(x.moves, y.moves, strict=True)))
+    fixed = None if x.fixed is None or y.fixed is None else join(x.fixed, y.fixed)
+    return Scored(moves, join(x.tempered, y.tempered), fixed)

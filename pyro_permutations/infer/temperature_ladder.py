@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_permutations project.
 # SPDX-License-Identifier: Apache-2.0
-"""Parallel tempering: which replicas exchange their states, and at what temperatures."""
+"""Parallel tempering: replicas at several temperatures exchange their states."""
 
 from __future__ import annotations
 

@@ -184,7 +184,9 @@ class TemperedDensity:
         return zero + fixed, zero + tempered
 
     def _single(self, P: Values, free: Values) -> tuple[Any, ...]:
-        (fixed, tempered), pull = vjp(lambda x: self._terms(x, free), P)
+        (fixed, tempered), pull = vjp(  # type: ignore[misc]
+            lambda x: self._terms(x, free), P
+        )
         one, zero = torch.ones_like(tempered), torch.zeros_like(tempered)
         first = pull((one, zero))[0] if self._both else {}
         return fixed, tempered, first, pull((zero, one))[0]
@@ -200,7 +202,7 @@ class TemperedDensity:
         return torch.stack(fixed), torch.stack(tempered), *stacked
 
     def _recorded(self, P: Values, free: Values) -> Callable[..., Any] | None:
-        """The evaluation of all states as a graph of tensor operations, run as it is."""
+        """The evaluation of all states as a graph of tensor operations."""
         names, others = list(P), list(free)
 
         def flat(*values: Tensor) -> list[Tensor]:
@@ -274,7 +276,7 @@ class _Given(Messenger):
         self.normalized, self.hide = normalized, hide
         self.dependent: set[str] = set()  # sites whose prior depends on other values
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:  # type: ignore[override]
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
         name = msg["name"]
         if name not in self.values or msg["is_observed"]:
             return
@@ -319,7 +321,7 @@ def state_of(P: Values, free: Values, r: int) -> tuple[Values, Values]:
     }
 
 
-def _counts(_: str, site: dict[str, Any]) -> bool:
+def _counts(_: str, site: Any) -> bool:
     return not (
         isinstance(site["fn"], _Subsample) or site["infer"].get("_deterministic")
     )
