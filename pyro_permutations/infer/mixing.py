@@ -9,7 +9,7 @@ __all__ = ["Mixing", "mixing"]
 from typing import NamedTuple
 
 import torch
-from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from pyro.ops.stats import autocovariance, split_gelman_rubin
 from torch import Tensor
 
 
@@ -40,8 +40,9 @@ def mixing(
         ValueError: If there are fewer than four samples, or no chain dimension.
 
     References:
-        Gelman et al., "Bayesian data analysis" (2013), section 11.4; the computation is
-        that of ``pyro.ops.stats``.
+        Gelman et al., "Bayesian data analysis" (2013), section 11.4. The numbers are
+        those of ``pyro.ops.stats``, whose ``effective_sample_size``, as called by
+        ``MCMC.diagnostics()``, needs memory that is quadratic in the number of samples.
 
     Example:
         >>> samples = torch.eye(3)[torch.rand(2, 100, 3).argsort(-1)]
@@ -67,7 +68,8 @@ def mixing(
     size = torch.full_like(r_hat, torch.inf)
     if changes.any():
         r_hat[changes] = split_gelman_rubin(chosen)
-        size[changes] = effective_sample_size(chosen)
+        parts = map(_effective_size, chosen.split(16, -1))
+        size[changes] = torch.cat(list(parts), -1)
         stuck = changes & (r_hat.isnan() | ~(within | r_hat.isfinite()))
         r_hat[stuck], size[stuck] = torch.inf, 0.0
     size = size.nan_to_num(0.0, posinf=torch.inf)
@@ -77,3 +79,21 @@ def mixing(
         torch.where(moves, size.amin(-1), torch.nan),
         (~changes).sum(-1),
     )
+
+
+def _effective_size(
+    x: Tensor,  # (chains, samples, k)
+) -> Tensor:  # (k,)
+    """Geyer's initial monotone sequence, as in ``pyro.ops.stats``."""
+    chains, count = x.shape[:2]
+    within = x.var(1).mean(0)
+    total = within * (count - 1) / count
+    if chains > 1:
+        total = total + x.mean(1).var(0)
+    else:  # so that these are the autocorrelations of the one chain
+        within = total
+    correlation = (total - within + autocovariance(x, dim=1).mean(0)) / total
+    correlation[0] = 1.0
+    pairs = correlation[: count // 2 * 2].unflatten(0, (-1, 2)).sum(1)
+    monotone = pairs[1:].clamp_min(0).cummin(0).values.sum(0)
+    return chains * count / (-1 + 2 * pairs[0] + 2 * monotone)
