@@ -41,8 +41,9 @@ def mixing(
 
     References:
         Gelman et al., "Bayesian data analysis" (2013), section 11.4. The numbers are
-        those of ``pyro.ops.stats``, whose ``effective_sample_size``, as called by
-        ``MCMC.diagnostics()``, needs memory that is quadratic in the number of samples.
+        those of ``pyro.ops.stats``, entry by entry: for all entries at once, as in
+        ``MCMC.diagnostics()``, its effective sample size is NaN as soon as one of them
+        is constant, and takes memory quadratic in the number of samples.
 
     Example:
         >>> samples = torch.eye(3)[torch.rand(2, 100, 3).argsort(-1)]
@@ -62,7 +63,6 @@ def mixing(
     entries = torch.cat([samples, alone], -1) if alone.any() else samples
     first = entries[:1, :1]
     changes = (entries != first).any(0).any(0)
-    within = (entries != entries[:, :1]).any(1).all(0)  # in every chain
     chosen = entries[:, :, changes]
     r_hat = torch.full_like(first[0, 0], -torch.inf)
     size = torch.full_like(r_hat, torch.inf)
@@ -70,9 +70,8 @@ def mixing(
         r_hat[changes] = split_gelman_rubin(chosen)
         parts = map(_effective_size, chosen.split(16, -1))
         size[changes] = torch.cat(list(parts), -1)
-        stuck = changes & (r_hat.isnan() | ~(within | r_hat.isfinite()))
+        stuck = changes & ~r_hat.isfinite()
         r_hat[stuck], size[stuck] = torch.inf, 0.0
-    size = size.nan_to_num(0.0, posinf=torch.inf)
     moves = changes.any(-1)
     return Mixing(
         torch.where(moves, r_hat.amax(-1), torch.nan),

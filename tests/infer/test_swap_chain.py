@@ -11,15 +11,14 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from pyro.distributions import Normal
 from torch import Tensor
 
-from pyro_permutations import GibbsMatching, matching_graph
+from pyro_permutations import GibbsMatching
 from pyro_permutations.infer.cycle_moves import Cycle, log_cycle_proposal
 from pyro_permutations.infer.matching_space import MatchingSpace
 from pyro_permutations.infer.swap_chain import SwapChain
-from pyro_permutations.infer.tempered_density import TemperedDensity
 from pyro_permutations.infer.temperature_ladder import TemperatureLadder
+from pyro_permutations.infer.tempered_density import TemperedDensity
 
 EXACT = 1e-12  # of probabilities that are computed twice, in float64
 
@@ -42,8 +41,12 @@ def ring(n: int) -> Tensor:
 
 
 LOGITS = torch.tensor(
-    [[1.0, -0.5, 0.2, 0.7], [0.3, 0.8, -1.0, 0.1], [-0.2, 0.4, 0.9, -0.6]]
-    + [[0.5, -0.3, 0.6, 0.0]]
+    [
+        [1.0, -0.5, 0.2, 0.7],
+        [0.3, 0.8, -1.0, 0.1],
+        [-0.2, 0.4, 0.9, -0.6],
+        [0.5, -0.3, 0.6, 0.0],
+    ]
 ).double()
 BAND = ~(torch.eye(4, dtype=torch.bool).flip(0))
 INF = torch.inf
@@ -109,9 +112,10 @@ def swap_matrix(chain: SwapChain, states: Tensor, uniform: bool) -> Tensor:
     """K[x, y], from what the chain proposes and how it accepts."""
     index = row_of(states)
     log_q = chain.log_swaps("P", uniform)
-    assert torch.allclose(log_q.exp().sum(-1), torch.ones(len(states)), atol=EXACT) or (
-        log_q == -INF
-    ).all(-1).any()
+    assert (
+        torch.allclose(log_q.exp().sum(-1), torch.ones(len(states)), atol=EXACT)
+        or (log_q == -INF).all(-1).any()
+    )
     K = torch.zeros(len(states), len(states))
     for move in range(log_q.shape[-1]):
         chosen = torch.full((len(states),), move)
@@ -210,3 +214,32 @@ def test_swaps_alone_cannot_turn_a_ring() -> None:
     chain, states = chain_of(CASES["ring 4"](), rough)
     assert len(states) == 2
     assert torch.equal(swap_matrix(chain, states, uniform=True), torch.eye(2))
+
+
+def test_exchanges_are_in_detailed_balance() -> None:
+    """The rates of exchange of two replicas, from many calls, against the formula."""
+    ladder = TemperatureLadder(2)
+    ladder.beta = [1.0, 0.4]
+    T = torch.tensor([0.7, -0.9])
+    calls = 40_000
+    swapped = sum(ladder.exchange(T) is not None for _ in range(calls))
+    # Every other turn has no pair; an exchange gains (1 - .4) (-.9 - .7) = -.96 nats.
+    rate = torch.tensor(-0.96).exp() / 2
+    error = (rate * (1 - rate) / calls) ** 0.5
+    assert abs(swapped / calls - rate) < 4.5 * error
+    assert ladder.rejection[0] == pytest.approx(1 - 2 * float(rate), abs=1e-6)
+    assert ladder.exchange(T.flip(0)) in (None, [1, 0])
+
+
+def test_the_ladder_moves_to_equal_rates() -> None:
+    ladder = TemperatureLadder(4)
+    assert ladder.beta[0] == 1.0
+    assert ladder.beta[-1] == 0.0
+    ladder._rejected, ladder._tried = [30.0, 10.0, 20.0], [100, 100, 100]
+    ladder.beta = [1.0, 0.6, 0.3, 0.0]
+    ladder.adapt()
+    # A barrier of .3, .1 and .2 in parts of .2: two thirds down the first step, ...
+    expected = [1.0, 1 - 0.4 * 2 / 3, 0.3, 0.0]
+    assert ladder.beta == pytest.approx(expected)
+    assert ladder.rejection == [1.0, 1.0, 1.0]  # none tried since
+    assert TemperatureLadder(1).exchange(torch.zeros(1)) is None
