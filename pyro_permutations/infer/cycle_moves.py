@@ -114,7 +114,9 @@ def log_cycle_proposal(
     possible = _possible(space, column, owner, cycle.rows, first, taken)
     weight = torch.where(possible, logits[state, cycle.rows], -torch.inf)
     log_choice = weight.log_softmax(-1).gather(-1, cycle.columns[..., None])[..., 0]
-    log_choice = log_choice.nan_to_num(-torch.inf, neginf=-torch.inf)  # NaN is a choice of nothing
+    log_choice = log_choice.nan_to_num(
+        -torch.inf, neginf=-torch.inf
+    )  # NaN is a choice of nothing
     return torch.where(steps, log_choice, 0).sum(-1)
 
 

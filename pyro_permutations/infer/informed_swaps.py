@@ -230,6 +230,8 @@ class InformedSwaps(MCMCKernel):
         def strategy(site: dict[str, Any]) -> Tensor:
             name, prior = site["name"], permutation_prior(site["fn"])
             if prior is None:
+                if site["fn"].support.is_discrete:
+                    return site["fn"].sample()  # type: ignore[no-any-return]
                 value: Tensor = guess[name] if name in guess else init_to_uniform(site)
                 return value
             if name in guess:

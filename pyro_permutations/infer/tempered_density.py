@@ -58,7 +58,8 @@ class TemperedDensity:
 
     Raises:
         NotImplementedError: If the model subsamples a plate.
-        ValueError: If it has no latent permutation, or another discrete latent site.
+        ValueError: If it has no latent permutation, or another discrete latent site,
+            or observes a permutation that is none.
     """
 
     def __init__(self, model: Callable[[], Any], trace: Any) -> None:
@@ -82,6 +83,14 @@ class TemperedDensity:
                 )
             else:
                 self.transforms[name] = biject_to(fn.support)
+        for name in trace.observation_nodes:
+            fn, value = trace.nodes[name]["fn"], trace.nodes[name]["value"]
+            prior = permutation_prior(fn)
+            if prior is not None and not prior.support.check(value).all():
+                raise ValueError(
+                    f"site {name!r} is observed as what is no permutation matrix that "
+                    "its prior allows."
+                )
         if not self.priors:
             raise ValueError(
                 "the model has no latent permutation: no sample site has a "
@@ -151,7 +160,8 @@ class TemperedDensity:
 
             gradient = jacrev(tempered)
             try:
-                full = jacrev(gradient, chunk_size=64)(value.reshape(-1))
+                with pyro.validation_enabled(False):  # checks look at values
+                    full = jacrev(gradient, chunk_size=64)(value.reshape(-1))
             except Exception:  # an operation without a second derivative
                 continue
             full = full.detach().unflatten(-1, (-1, n * m)).unflatten(0, (-1, n * m))
@@ -277,15 +287,14 @@ class _Given(Messenger):
         self.dependent: set[str] = set()  # sites whose prior depends on other values
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        name = msg["name"]
-        if name not in self.values or msg["is_observed"]:
-            return
-        msg["value"], msg["done"] = self.values[name], True
+        name, latent = msg["name"], not msg["is_observed"]
+        if latent and name in self.values:
+            msg["value"], msg["done"] = self.values[name], True
         prior = permutation_prior(msg["fn"])
         if prior is not None:
             if prior.logits.requires_grad:
                 self.dependent.add(name)
-            score = _Score(prior, name in self.normalized, self.hide)
+            score = _Score(prior, name in self.normalized, self.hide and latent)
             msg["fn"] = with_prior(msg["fn"], score)
 
     def _pyro_post_param(self, msg: dict[str, Any]) -> None:
