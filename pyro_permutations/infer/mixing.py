@@ -95,4 +95,5 @@ def _effective_size(
     correlation[0] = 1.0
     pairs = correlation[: count // 2 * 2].unflatten(0, (-1, 2)).sum(1)
     monotone = pairs[1:].clamp_min(0).cummin(0).values.sum(0)
-    return chains * count / (-1 + 2 * pairs[0] + 2 * monotone)
+    size: Tensor = chains * count / (-1 + 2 * pairs[0] + 2 * monotone)
+    return size

@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_permutations.infer.matching_space import MatchingSpace
 
 # A gradient says little about changes of so many nats; beyond, all count alike.
-LARGEST = 1e3
+LARGEST = 1e6
 
 
 class Moves(NamedTuple):
