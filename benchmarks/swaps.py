@@ -278,14 +278,15 @@ def main() -> None:
     """Read the command line, print the tables."""
     parser = argparse.ArgumentParser(description="InformedSwaps beside the truth.")
     parser.add_argument("--only", default="", help="problems whose name has this")
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="short chains, one seed")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     begin = time.perf_counter()
     if not args.only:
-        efficiency(*((10.0, 1) if args.quick else (40.0, 5)))
-    marginals(args.only, *((2000, 1) if args.quick else (20_000, 5)))
+        efficiency(*((10.0, 1) if args.quick else (40.0, args.seeds)))
+    marginals(args.only, *((2000, 1) if args.quick else (20_000, args.seeds)))
     print(f"\n{len(MISSED)} lines miss, {time.perf_counter() - begin:.0f} s")
     sys.exit(len(MISSED))
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_permutations.infer.matching_space import MatchingSpace
-from pyro_permutations.infer.swap_moves import LARGEST
+from pyro_permutations.infer.swap_moves import LARGEST, draw
 
 
 class Cycle(NamedTuple):
@@ -76,8 +76,7 @@ def draw_cycle(
     for _ in range(n):
         possible = _possible(space, column, owner, row[:, None], first, taken[:, None])
         weight = torch.where(possible[:, 0], logits[state, row], -torch.inf)
-        noise = torch.empty_like(weight).exponential_().log()
-        choice = (weight - noise).argmax(-1)
+        choice = draw(weight)
         alive = going & possible[:, 0].any(-1)
         length = torch.where(alive, length + 1, torch.where(going, 0, length))
         rows.append(row)

@@ -121,6 +121,7 @@ class InformedSwaps(MCMCKernel):
         # Samples are in the space of the model, so MCMC has nothing to transform.
         self.transforms: dict[str, Any] = {}
         self._initial: Values = {}
+        self._kernel: MCMCKernel | None = None
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Run the model to see its sites, and start R replicas."""
@@ -133,7 +134,8 @@ class InformedSwaps(MCMCKernel):
         }
         for _ in range(STARTS):
             P, free = self._states(density, model, guide)
-            density.prepare(P, free)
+            self._take_given(density, P, free)
+            density.prepare(P, free, self._states(density, model, None)[0])
             terms = density(P, free)
             if (terms.fixed + terms.tempered).isfinite().all():
                 break
@@ -144,7 +146,7 @@ class InformedSwaps(MCMCKernel):
             )
         self._chain = SwapChain(density, spaces, P, free)
         rows = sum(x[0].numel() for x in self._chain.column.values())
-        self._kernel: MCMCKernel | None = None
+        self._kernel = None
         if free and self.continuous is not None:
             self._kernel = self.continuous(potential_fn=self._potential)
             self._kernel.initial_params = free
@@ -204,6 +206,7 @@ class InformedSwaps(MCMCKernel):
             "exchange rates": [1 - rate for rate in chain.ladder.rejection],
             "inverse temperatures": list(chain.ladder.beta),
             "evaluation": chain.density.evaluation,
+            "second order": sorted(chain.curvature),
         }
         if self._kernel is not None:
             found["continuous"] = self._kernel.diagnostics()
@@ -234,12 +237,11 @@ class InformedSwaps(MCMCKernel):
                     return site["fn"].sample()  # type: ignore[no-any-return]
                 value: Tensor = guess[name] if name in guess else init_to_uniform(site)
                 return value
-            if name in guess:
-                scores = log_of(guess[name])
-            else:
+            if name not in guess:
                 noise = torch.empty_like(prior.logits).exponential_()
-                scores = prior.logits - noise.log()
-            return _nearest(prior, scores)
+                return _nearest(prior, prior.logits - noise.log())
+            hard = bool(prior.support.check(guess[name]).all())
+            return guess[name] if hard else _nearest(prior, log_of(guess[name]))
 
         with torch.no_grad(), InitMessenger(strategy):
             return poutine.trace(model).get_trace()
@@ -250,7 +252,7 @@ class InformedSwaps(MCMCKernel):
         model: Callable[[], Any],
         guide: Callable[[], Any] | None,
     ) -> tuple[Values, Values]:
-        """R starting states; given ones are the same for all."""
+        """R starting states, from the guide or at random."""
         traces = [self._start(model, guide) for _ in range(self.replicas)]
 
         def stack(name: str) -> Tensor:
@@ -259,6 +261,10 @@ class InformedSwaps(MCMCKernel):
 
         P = {name: stack(name) for name in density.priors}
         free = {name: t.inv(stack(name)) for name, t in density.transforms.items()}
+        return P, free
+
+    def _take_given(self, density: TemperedDensity, P: Values, free: Values) -> None:
+        """Put the initial values that were given in place, for all replicas."""
         for name, value in self._initial.items():
             if name in P:
                 self._check(density.priors[name], name, value)
@@ -270,7 +276,6 @@ class InformedSwaps(MCMCKernel):
                     f"initial_params has {name!r}, which is not a latent site of the "
                     f"model: it has {sorted([*P, *free])}."
                 )
-        return P, free
 
     @staticmethod
     def _check(prior: GibbsMatching, name: str, value: Tensor) -> None:

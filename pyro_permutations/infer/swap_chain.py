@@ -25,6 +25,7 @@ from pyro_permutations.infer.matching_space import MatchingSpace
 from pyro_permutations.infer.swap_moves import (
     Moves,
     apply_move,
+    draw,
     log_proposal,
     moves_from,
     reverse_of,
@@ -146,8 +147,7 @@ class SwapChain:
         else:
             uniform = kind > 1 - UNIFORM
             log_q = self.log_swaps(name, uniform)
-            noise = torch.empty_like(log_q).exponential_().log()
-            self._accept(self.swap(name, uniform, log_q, (log_q - noise).argmax(-1)))
+            self._accept(self.swap(name, uniform, log_q, draw(log_q)))
         self._steps += 1
         if self.replicas > 1:
             order = self.ladder.exchange(self.terms.tempered)

@@ -8,6 +8,7 @@ __all__ = [
     "LARGEST",
     "Moves",
     "apply_move",
+    "draw",
     "log_proposal",
     "moves_from",
     "reverse_of",
@@ -112,6 +113,15 @@ def log_proposal(
     logits = torch.where(feasible, change / 2, -torch.inf).flatten(-2)
     total = logits.logsumexp(-1, keepdim=True)
     return torch.where(total > -torch.inf, logits - total, -torch.inf)
+
+
+def draw(
+    log_weight: Tensor,  # (*lead, k)
+) -> Tensor:  # (*lead,) long
+    """Draw an index from unnormalized log probabilities; never one of -inf."""
+    noise = torch.empty_like(log_weight).exponential_()
+    tiny = torch.finfo(noise.dtype).tiny  # a zero would make NaN of -inf
+    return (log_weight - noise.clamp_min(tiny).log()).argmax(-1)
 
 
 def apply_move(

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
@@ -21,8 +19,8 @@ from torch.distributions.transforms import Transform
 from torch.func import jacrev, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_permutations.distributions.gibbs_matching import GibbsMatching
-from pyro_permutations.infer.permutation_sites import permutation_prior, with_prior
+from pyro_permutations.infer.given_values import GivenValues
+from pyro_permutations.infer.permutation_sites import permutation_prior
 
 Values = dict[str, Tensor]
 # The largest problem whose second derivatives are kept: so many cells in all.
@@ -105,10 +103,10 @@ class TemperedDensity:
         self,
         P: Values,  # R states, by site
         free: Values,  # unconstrained values of the continuous sites, R each
+        other: Values,  # R more states
     ) -> None:
         """Check that the density is differentiable in P, and choose how to evaluate."""
         self._look_at_gradients(P, free)
-        other = {name: value.flip(0) for name, value in P.items()}
         right = [self._one_by_one(P, free), self._one_by_one(other, free)]
         ways = {"recorded": self._recorded(P, free), "vmap": self._vectorized}
         for name, way in ways.items():
@@ -171,10 +169,10 @@ class TemperedDensity:
         return found
 
     def _terms(
-        self, P: Values, free: Values, given: _Given | None = None
+        self, P: Values, free: Values, given: GivenValues | None = None
     ) -> tuple[Tensor, Tensor]:
         """Fixed and tempered part at one state."""
-        given = given or _Given(self._normalized)
+        given = given or GivenValues(self._normalized)
         given.values = dict(P)
         fixed: Any = 0.0
         for name, x in free.items():
@@ -201,9 +199,26 @@ class TemperedDensity:
         first = pull((one, zero))[0] if self._both else {}
         return fixed, tempered, first, pull((zero, one))[0]
 
+    def _by_autograd(self, P: Values, free: Values) -> tuple[Any, ...]:
+        """The same with nothing but autograd, for models that torch.func refuses."""
+        inputs = [x.requires_grad_() for x in P.values()]
+        with torch.enable_grad():
+            fixed, tempered = self._terms(P, free)
+
+        def gradient(part: Tensor) -> Values:
+            if not part.requires_grad:
+                return {name: torch.zeros_like(x) for name, x in P.items()}
+            found = torch.autograd.grad(
+                part, inputs, retain_graph=True, materialize_grads=True
+            )
+            return dict(zip(P, found, strict=True))
+
+        first = gradient(fixed) if self._both else {}
+        return fixed.detach(), tempered.detach(), first, gradient(tempered)
+
     def _one_by_one(self, P: Values, free: Values) -> tuple[Any, ...]:
         count = len(next(iter(P.values())))
-        each = [self._single(*state_of(P, free, r)) for r in range(count)]
+        each = [self._by_autograd(*state_of(P, free, r)) for r in range(count)]
         fixed, tempered, *gradients = zip(*each, strict=True)
         stacked = (
             {name: torch.stack([x[name] for x in part]) for name in part[0]}
@@ -248,7 +263,7 @@ class TemperedDensity:
         one, rest = state_of(P, free, 0)
         for value in (*one.values(), *rest.values()):
             value.requires_grad_()
-        given = _Given(self._normalized, hide=True)
+        given = GivenValues(self._normalized, hide=True)
         with torch.enable_grad():
             parts = self._terms(one, rest, given)
         self._normalized = given.dependent
@@ -275,52 +290,6 @@ class TemperedDensity:
                     f"respect to it: the model must use {name} in differentiable "
                     "operations, such as P @ x in place of x[to_indices(P)]."
                 )
-
-
-class _Given(Messenger):
-    """Run a model at given values; scores of permutations need no permanent."""
-
-    def __init__(self, normalized: set[str], *, hide: bool = False) -> None:
-        super().__init__()
-        self.values: Values = {}
-        self.normalized, self.hide = normalized, hide
-        self.dependent: set[str] = set()  # sites whose prior depends on other values
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        name, latent = msg["name"], not msg["is_observed"]
-        if latent and name in self.values:
-            msg["value"], msg["done"] = self.values[name], True
-        prior = permutation_prior(msg["fn"])
-        if prior is not None:
-            if prior.logits.requires_grad:
-                self.dependent.add(name)
-            score = _Score(prior, name in self.normalized, self.hide and latent)
-            msg["fn"] = with_prior(msg["fn"], score)
-
-    def _pyro_post_param(self, msg: dict[str, Any]) -> None:
-        if isinstance(msg["value"], Tensor):
-            msg["value"] = msg["value"].detach()
-
-
-class _Score(TorchDistribution):
-    """The log probability of a matching up to a constant, differentiable in it."""
-
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
-
-    def __init__(self, prior: GibbsMatching, normalized: bool, hide: bool) -> None:
-        self.prior, self.normalized, self.hide = prior, normalized, hide
-        super().__init__(prior.batch_shape, prior.event_shape, validate_args=False)
-
-    def log_prob(
-        self,
-        value: Tensor,  # (*batch, n, m)
-    ) -> Tensor:  # (*batch,)
-        """<X, P>, less the log permanent where that depends on other values."""
-        if self.hide:
-            return value.new_zeros(value.shape[:-2])
-        support = self.prior.graph.support
-        score = (torch.where(support, self.prior.logits, 0) * value).sum((-2, -1))
-        return score - self.prior.log_partition if self.normalized else score
 
 
 def state_of(P: Values, free: Values, r: int) -> tuple[Values, Values]:

@@ -455,3 +455,18 @@ def test_conditioning_removes_a_site() -> None:
     model, _ = gaussian()
     with pytest.raises(ValueError, match="no latent permutation"):
         run(poutine.condition(model, {"P": torch.eye(4)}))
+
+
+def test_a_model_that_leaves_torch_is_not_recorded() -> None:
+    """What NumPy does to one state must not become a constant of all."""
+
+    def likelihood(P: Tensor) -> Tensor:
+        corner = torch.from_numpy(P.detach().numpy()[0] * 1.0)[0]
+        return (P[1] * torch.arange(3.0)).sum() + 2 * corner
+
+    def model() -> None:
+        pyro.factor("f", likelihood(pyro.sample("P", UniformPermutation(3))))
+
+    S = permutations(3)
+    exact = by_enumeration(S, torch.stack([likelihood(P) for P in S]))
+    check_marginals(run(model, 1000, replicas=1)["P"], exact)

@@ -88,7 +88,7 @@ def chain_of(
 def chain_at(model: Callable[[], Any], d: GibbsMatching, states: Tensor) -> SwapChain:
     trace = pyro.poutine.trace(model).get_trace()
     density = TemperedDensity(model, trace)
-    density.prepare({"P": states}, {})
+    density.prepare({"P": states}, {}, {"P": states.flip(0)})
     spaces = {"P": MatchingSpace.of(d.graph, d.batch_shape)}
     chain = SwapChain(density, spaces, {"P": states}, {})
     chain.beta = torch.full_like(chain.beta, 0.8)
