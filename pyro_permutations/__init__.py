@@ -11,6 +11,7 @@ from pyro_permutations.constraints import (
 from pyro_permutations.distributions import (
     GibbsMatching,
     GumbelContrasts,
+    GumbelMatching,
     GumbelSinkhorn,
     GumbelSinkhornStraightThrough,
     UniformPermutation,
@@ -20,7 +21,13 @@ from pyro_permutations.infer import InformedSwaps, Mixing, mixing, relax
 from pyro_permutations.link_count import link_count_prior
 from pyro_permutations.matching import matching, to_indices, to_matrix
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
-from pyro_permutations.permanents import calibrated_entropy, log_permanent
+from pyro_permutations.permanents import (
+    bethe_log_permanent,
+    calibrated_entropy,
+    calibrated_log_permanent,
+    log_permanent,
+    sinkhorn_log_permanent,
+)
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
 from pyro_permutations.transforms import (
     BirkhoffTransform,
@@ -37,6 +44,7 @@ __all__ = [
     "ConvergenceWarning",
     "GibbsMatching",
     "GumbelContrasts",
+    "GumbelMatching",
     "GumbelSinkhorn",
     "GumbelSinkhornStraightThrough",
     "InformedSwaps",
@@ -45,7 +53,9 @@ __all__ = [
     "Mixing",
     "SinkhornTransform",
     "UniformPermutation",
+    "bethe_log_permanent",
     "calibrated_entropy",
+    "calibrated_log_permanent",
     "contrasts",
     "doubly_stochastic",
     "link_count_prior",
@@ -59,6 +69,7 @@ __all__ = [
     "permutation_matrix",
     "relax",
     "sinkhorn",
+    "sinkhorn_log_permanent",
     "slack_of",
     "to_indices",
     "to_matrix",

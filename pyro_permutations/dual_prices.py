@@ -62,7 +62,7 @@ def _prices(
     conditions differences v_j - v_k >= x_ij - x_ik. An unmatched row has u_i = 0. There
     is no cycle of positive length, or the matching could be improved along it.
     """
-    b, n, m = x.shape
+    b, _, m = x.shape
     matched = perm >= 0
     own = np.take_along_axis(x, np.where(matched, perm, 0)[..., None], -1)
     length = np.full((b, m + 1, m + 1), -np.inf)

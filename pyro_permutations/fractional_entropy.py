@@ -12,13 +12,19 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from pyro_permutations.fractional_solver import fractional_maximum
 from pyro_permutations.matching_blocks import Block, blocks, sum_blocks, take_block
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
 from pyro_permutations.matching_parts import flattened
 from pyro_permutations.subset_recursion import log_sum
 
-# With a mask the matchings of blocks of up to this many items are counted.
-_COUNTED = 12
+# With a mask the matchings of blocks of up to this many items are counted, so many
+# masks at a time.
+_COUNTED = 16
+_TOGETHER = 64
+# The log of the number of matchings is met to this.
+_PRECISION = 1e-9
+_MOST_STEPS = 50
 
 
 def calibrated_entropy(
@@ -67,27 +73,74 @@ def fractions(graph: MatchingGraph) -> list[Tensor]:
 
 @lru_cache(maxsize=64)
 def _fractions(graph: MatchingGraph, device: str) -> list[Tensor]:
-    return [_fraction(block) for block in blocks(graph)]
+    # The numbers outlive the mode in which they were first asked for.
+    with torch.inference_mode(False), torch.no_grad():
+        return [_fraction(block) for block in blocks(graph)]
 
 
 def _fraction(block: Block) -> Tensor:  # (C,)
-    log_count, uniform = _uniform(block)
-    pairs, rest = entropy_terms(uniform, block)
-    # With one matching all is decided, and any number will do.
-    gamma = (pairs - log_count) / torch.where(rest > 0, rest, 1.0)
-    return gamma.clamp(0.0, 1.0)
+    """The fraction with which the largest entropy is the log of the number of matchings.
+
+    The largest entropy falls with it, convexly, and its slope is minus what is left of
+    the pairs: Newton's method, which comes from one side after the first step.
+    """
+    (C, s, t), device = block.mask.shape, block.mask.device
+    free = block.free_rows, block.free_columns
+    some = [bool(x.any()) for x in free]
+    alike = all(bool(x.all()) for x, loose in zip(free, some, strict=True) if loose)
+    # Not for partial matchings: there the largest entropy has another number of pairs.
+    closed = alike and not all(some) and bool(block.mask.all())
+    if block.size > _COUNTED or closed:
+        known = _full(min(s, t), max(s, t), all(some))
+        return torch.full((C,), known, dtype=torch.float64, device=device)
+    zeros = torch.zeros(C, s, t, dtype=torch.float64, device=device)
+    log_count = torch.cat(
+        [
+            log_sum(x, mask, (rows, columns))
+            for x, mask, rows, columns in zip(
+                *(x.split(_TOGETHER) for x in (zeros, block.mask, *free)), strict=True
+            )
+        ]
+    )
+    gamma = zeros[:, 0, 0] + _full(min(s, t), max(s, t), False)
+    for _ in range(_MOST_STEPS):
+        entropy, B = fractional_maximum(zeros, block.mask, free, gamma)
+        _, rest = entropy_terms(B, block)
+        # Where all is decided nothing is left, and any number will do.
+        excess = torch.where(rest > _PRECISION, entropy - log_count, 0.0)
+        done = excess.abs() < _PRECISION
+        # It is one where the pairs form a tree, and Bethe's entropy is exact.
+        done |= (gamma == 1) & (excess > 0)
+        if bool(done.all()):
+            break
+        step = torch.where(done, 0.0, excess / rest.clamp_min(_PRECISION))
+        gamma = (gamma + step).clamp(0.0, 1.0)
+    return gamma
 
 
-def _uniform(block: Block) -> tuple[Tensor, Tensor]:  # (C,), (C, s, t)
-    """Log of the number of matchings, and the marginals of the uniform law."""
-    C, s, t = block.mask.shape
-    zeros = torch.zeros(block.mask.shape, dtype=torch.float64, device=block.mask.device)
-    if block.size <= _COUNTED:
-        with torch.inference_mode(False), torch.enable_grad():
-            x = zeros.requires_grad_()
-            log_count = log_sum(x, block.mask, (block.free_rows, block.free_columns))
-            (uniform,) = torch.autograd.grad(log_count.sum(), x)
-        return log_count.detach(), uniform
-    n = max(s, t)
-    log_count = zeros[:, 0, 0] + math.lgamma(n + 1)
-    return log_count, zeros + 1 / n
+@lru_cache(maxsize=256)
+def _full(n: int, m: int, partial: bool) -> float:
+    """The fraction if no pair is forbidden, n <= m; of n x n it is -g_n.
+
+    All pairs have the same marginal p then, of the uniform law and at the maximum.
+    """
+    if m == 1 and not partial:
+        return 0.0
+    k = [float(n)]
+    if partial:
+        k = [float(links) for links in range(n + 1)]
+    log_ways = [
+        math.lgamma(n + 1) - math.lgamma(n - x + 1) - math.lgamma(x + 1)
+        + math.lgamma(m + 1) - math.lgamma(m - x + 1)
+        for x in k
+    ]  # fmt: skip
+    top = max(log_ways)
+    weights = [math.exp(x - top) for x in log_ways]
+    log_count = top + math.log(sum(weights))
+    p = sum(w * x for w, x in zip(weights, k, strict=True)) / sum(weights) / (n * m)
+    entropy = n * m * _plogp(p) + n * _plogp(1 - m * p) + m * _plogp(1 - n * p)
+    return min(1.0, (entropy - log_count) / (n * m * _plogp(1 - p)))
+
+
+def _plogp(x: float) -> float:
+    return -x * math.log(x) if x > 1e-12 else 0.0

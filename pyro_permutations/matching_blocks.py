@@ -77,8 +77,9 @@ def _blocks(graph: MatchingGraph, device: str) -> list[Block]:
         np.array(x.tolist(), dtype=np.bool_).reshape(-1, x.shape[-1])
         for x in graph.slack_cells()
     )
-    b, i, j = np.nonzero(support)
-    row, column = b * n + i, len(support) * n + b * m + j
+    where = np.nonzero(support)
+    row = where[0] * n + where[1]
+    column = len(support) * n + where[0] * m + where[2]
     nodes = len(support) * (n + m)
     edges = csr_matrix((np.ones(len(row), np.int8), (row, column)), (nodes, nodes))
     _, label = connected_components(edges, directed=False)
@@ -106,5 +107,6 @@ def _blocks(graph: MatchingGraph, device: str) -> list[Block]:
                 torch.from_numpy(np.array(x)).to(device)
                 for x in (element, r, c, mask, *loose)
             ]
-        found.append(Block(*tensors, slack))
+        e, i, j, cells, free, unfilled = tensors
+        found.append(Block(e, i, j, cells, free, unfilled, slack))
     return found

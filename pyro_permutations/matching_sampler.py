@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_permutations.matching import best_assignments
-from pyro_permutations.matching_blocks import Block, blocks, take_block
+from pyro_permutations.matching_blocks import blocks, take_block
 from pyro_permutations.matching_graph import MatchingGraph
 from pyro_permutations.subset_recursion import (
     Weights,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 __all__ = ["Weights", "log_sum", "reduced_weights", "sample_matching", "subset_tables"]
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -45,11 +46,7 @@ def log_sum(
     """
     weights, constant = reduced_weights(scores, mask, free)
     *_, (last, low) = _recursion(weights)
-    size = weights.rows.shape[-1]
-    if not weights.loose[0]:
-        return constant + last[:, -1].log()
-    unmatched = _unmatched(weights.rows, low, low + _layers(last, size, low) - 1)
-    return constant + (last * unmatched).sum(-1).log()
+    return constant + _ends(weights, last, low).sum(-1).log()
 
 
 def reduced_weights(
@@ -67,7 +64,10 @@ def reduced_weights(
         scores, mask, free = scores.mT, mask.mT, free[::-1]
     inside = torch.where(mask, scores, -torch.inf)
     u, v = dual_prices(inside.detach(), *(x.expand(inside.shape[0], -1) for x in free))
-    cost = torch.where(mask, scores - u[..., None] - v[..., None, :], 0.0)
+    # In this order pairs of the best matching come to zero exactly; and what rounding
+    # makes of scores of 1e20 is not to overflow.
+    cost = torch.where(mask, scores - v[..., None, :] - u[..., None], 0.0)
+    cost = cost - cost.detach().clamp_min(0.0)
     weights = Weights(
         torch.where(mask, cost.exp(), 0.0),
         torch.where(free[0], (-u).exp(), 0.0),
@@ -96,13 +96,9 @@ def sample_matching(
     device = weights.pairs.device
     offset, position, masks = (x.to(device) for x in _numbering(s))
     bits = 2 ** torch.arange(s, device=device)
-    if weights.loose[0]:
-        last, low = tables[-1]
-        ends = last * _unmatched(weights.rows, low, low + _layers(last, s, low) - 1)
-        chosen = _draw(ends.expand(count, *ends.shape))
-        state = masks[offset[low] + chosen]  # (count, b)
-    else:
-        state = torch.full((count, b), 2**s - 1, device=device)
+    last, low = tables[-1]
+    ends = _ends(weights, last, low)
+    state = masks[offset[low] + _draw(ends.expand(count, *ends.shape))]  # (count, b)
     perm = torch.full((count, b, s), -1, device=device)
     for j in range(t - 1, -1, -1):
         table, low = tables[j]
@@ -135,7 +131,7 @@ def _draw(weights: Tensor) -> Tensor:  # (*lead, k) -> (*lead,)
     return (weights / noise).argmax(-1)
 
 
-def _recursion(weights: Weights):  # type: ignore[no-untyped-def]
+def _recursion(weights: Weights) -> Iterator[tuple[Tensor, int]]:
     r"""Yield f_0, f_1, ..., f_t, and the size of the smallest sets in each.
 
     .. math:: f_{j+1}(S) = \beta_j f_j(S) + \sum_{i \in S} w_{ij} f_j(S \setminus i)
@@ -170,19 +166,15 @@ def _recursion(weights: Weights):  # type: ignore[no-untyped-def]
         yield torch.cat(layers, -1) if len(layers) > 1 else layers[0], low
 
 
-def _layers(table: Tensor, size: int, low: int) -> int:
-    """How many sizes of sets a table has."""
-    offset = _numbering(size)[0]
-    return int((offset == offset[low] + table.shape[-1]).nonzero()[0]) - low
-
-
-def _unmatched(rows: Tensor, low: int, high: int) -> Tensor:  # (b, s) -> (b, sets)
-    """For each set of matched rows the weight of the others' being unmatched."""
-    size = rows.shape[-1]
+def _ends(weights: Weights, last: Tensor, low: int) -> Tensor:  # (b, sets)
+    """The sums for each set of matched rows, times the others' being unmatched."""
+    if not weights.loose[0]:  # the last table is that of the set of all rows
+        return last
+    size = weights.rows.shape[-1]
     offset, _, masks = _numbering(size)
-    chosen = masks[int(offset[low]) : int(offset[high + 1])].to(rows.device)
-    inside = (chosen[:, None] & 2 ** torch.arange(size, device=rows.device)) > 0
-    return torch.where(inside, 1.0, rows[:, None, :]).prod(-1)
+    chosen = masks[int(offset[low]) :].to(last.device)
+    inside = (chosen[:, None] & 2 ** torch.arange(size, device=last.device)) > 0
+    return last * torch.where(inside, 1.0, weights.rows[:, None, :]).prod(-1)
 
 
 @lru_cache(maxsize=32)

@@ -7,6 +7,7 @@ from pyro_permutations.distributions.gibbs_matching import (
     UniformPermutation,
 )
 from pyro_permutations.distributions.gumbel_contrasts import GumbelContrasts
+from pyro_permutations.distributions.gumbel_matching import GumbelMatching
 from pyro_permutations.distributions.gumbel_sinkhorn import (
     GumbelSinkhorn,
     GumbelSinkhornStraightThrough,
@@ -16,6 +17,7 @@ from pyro_permutations.distributions.noise_kl import noise_kl
 __all__ = [
     "GibbsMatching",
     "GumbelContrasts",
+    "GumbelMatching",
     "GumbelSinkhorn",
     "GumbelSinkhornStraightThrough",
     "UniformPermutation",
