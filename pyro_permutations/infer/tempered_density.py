@@ -25,6 +25,8 @@ from pyro_permutations.infer.permutation_sites import permutation_prior
 Values = dict[str, Tensor]
 # The largest problem whose second derivatives are kept: so many cells in all.
 CELLS_WITH_CURVATURE = 1024
+# torch.func.vmap makes every operation about three times as slow as autograd alone.
+WORTH_VMAP = 3
 
 
 class Terms(NamedTuple):
@@ -109,8 +111,9 @@ class TemperedDensity:
         self._look_at_gradients(P, free)
         right = [self._one_by_one(P, free), self._one_by_one(other, free)]
         ways = {"recorded": self._recorded(P, free), "vmap": self._vectorized}
+        few = len(right[0][0]) < WORTH_VMAP
         for name, way in ways.items():
-            if way is None:
+            if way is None or (name == "vmap" and few):
                 continue
             try:
                 found = [way(P, free), way(other, free)]
@@ -127,7 +130,7 @@ class TemperedDensity:
 
     def log_density(self, P: Values, free: Values, beta: Tensor) -> Tensor:
         """Tempered log density of R states, (R,), with autograd to ``free``."""
-        if self.evaluation != "one by one":
+        if self.evaluation != "one by one" and len(beta) >= WORTH_VMAP:
             with pyro.validation_enabled(False):
                 fixed, tempered = vmap(self._terms)(P, free)
         else:
