@@ -26,6 +26,7 @@ from pyro_permutations.infer.swap_chain import SwapChain
 from pyro_permutations.infer.tempered_density import TemperedDensity, Values
 from pyro_permutations.matching import matching
 
+FIRST_RATES = 16  # steps before the rates of exchange say anything
 STARTS = 100  # how many states are tried before none is said to be possible
 
 
@@ -62,7 +63,9 @@ class InformedSwaps(MCMCKernel):
 
     Samples are 0/1 matrices of the shapes of the model, exact in the limit. How far the
     run is from that, :func:`~pyro_permutations.mixing` tells from the samples of
-    several chains. Use ``StreamingMCMC`` where they do not fit into memory.
+    several chains. Use ``StreamingMCMC`` where they do not fit into memory. Densities
+    are compared in the type of the model: use float64 where they are large, as float32
+    loses changes below a ten-millionth of them.
 
     Args:
         model: The model, with a likelihood that is differentiable in P. It is not
@@ -135,7 +138,6 @@ class InformedSwaps(MCMCKernel):
         for _ in range(STARTS):
             P, free = self._states(density, model, guide)
             self._take_given(density, P, free)
-            density.prepare(P, free, self._states(density, model, None)[0])
             terms = density(P, free)
             if (terms.fixed + terms.tempered).isfinite().all():
                 break
@@ -144,6 +146,7 @@ class InformedSwaps(MCMCKernel):
                 f"the model's density is not finite at any of {STARTS} starting states."
                 " Give a guide or initial_params where it is."
             )
+        density.prepare(P, free, self._states(density, model, None)[0])
         self._chain = SwapChain(density, spaces, P, free)
         rows = sum(x[0].numel() for x in self._chain.column.values())
         self._kernel = None
@@ -184,8 +187,9 @@ class InformedSwaps(MCMCKernel):
         self._time += 1
         if self._time <= self._warmup and self._time & (self._time - 1) == 0:
             # At 1, 2, 4, ... steps: each time from as many as all before.
-            chain.adapt_ladder()
             chain.measure_curvature()
+            if self._time >= FIRST_RATES:
+                chain.adapt_ladder()
         if self._time == self._warmup:
             chain.reset_counts()
         return self.initial_params

@@ -19,6 +19,7 @@ from pyro import poutine
 from pyro.infer import MCMC
 from pyro.infer.mcmc import HMC
 from pyro.infer.mcmc.api import StreamingMCMC
+from pyro.ops.stats import effective_sample_size
 from pyro.ops.streaming import CountMeanStats, StatsOfDict
 from torch import Tensor
 
@@ -59,10 +60,10 @@ def check_marginals(samples: Tensor, exact: Tensor) -> None:
     """Frequencies against probabilities, by the effective size of each row."""
     size = mixing(samples).effective_size[..., None]
     assert (size[~size.isnan()] > 100).all(), "too few to tell anything"
-    bound = SIGMAS * (exact * (1 - exact) / size).sqrt()
-    # Of what was never seen the bound is that of a rare event: e^-7 < 1e-3.
-    rare = 7 / size.nan_to_num(samples.shape[0] * samples.shape[1])
-    bound = torch.maximum(bound.nan_to_num(0.0), rare)
+    # Rows that never changed: what has not been seen in all samples.
+    size = size.nan_to_num(samples.shape[0] * samples.shape[1])
+    # Bernstein's inequality, which covers rare entries as well.
+    bound = SIGMAS * (exact * (1 - exact) / size).sqrt() + SIGMAS**2 / (3 * size)
     assert ((samples.mean((0, 1)) - exact).abs() <= bound).all()
 
 
@@ -111,7 +112,7 @@ def test_two_modes_need_more_than_one_temperature() -> None:
     assert exact[0, 0] == pytest.approx(0.5, abs=0.01)  # as it is, or mirrored
     alone = run(model, samples=500, replicas=1)["P"].mean(1)
     assert (alone[:, 0, 0] - 0.5).abs().min() > 0.4  # stays where it starts
-    check_marginals(run(model, samples=3000)["P"], exact)
+    check_marginals(run(model, samples=2000)["P"], exact)
 
 
 CASES: dict[str, Callable[[], GibbsMatching]] = {
@@ -194,13 +195,16 @@ def test_rank_aggregation_with_an_unknown_spread() -> None:
     joint = -grid[:, None] * loss - 10 * log_normalizer(grid)[:, None]
     joint = joint + dist.Gamma(2.0, 4.0).log_prob(grid)[:, None]
     exact = by_enumeration(S, joint.logsumexp(0))
-    spread = (joint.logsumexp(1).softmax(0) * grid).sum()
+    weight = joint.logsumexp(1).softmax(0)
+    mean = (weight * grid).sum()
+    spread = (weight * (grid - mean).square()).sum().sqrt()
     kernel = partial(HMC, step_size=0.5, num_steps=3)
-    samples = run(model, samples=600, replicas=1, continuous=kernel)
+    samples = run(model, samples=500, replicas=1, continuous=kernel)
     check_marginals(samples["P"], exact)
-    assert (samples["P"].mean((0, 1)) - exact).abs().max() < 0.03
     assert (samples["theta"] > 0).all()  # in the space of the model
-    assert samples["theta"].mean() == pytest.approx(float(spread), abs=0.03)
+    size = effective_sample_size(samples["theta"])
+    assert size > 100
+    assert (samples["theta"].mean() - mean).abs() < SIGMAS * spread / size**0.5
 
 
 def test_continuous_sites_held_fixed() -> None:
@@ -214,7 +218,7 @@ def test_continuous_sites_held_fixed() -> None:
     S = permutations(3)
     exact = by_enumeration(S, dist.Normal(S @ y + 0.5, 0.7).log_prob(x).sum(-1))
     start = {"shift": torch.tensor(0.5), "P": torch.eye(3)}
-    samples = run(model, continuous=None, replicas=2, initial_params=start)
+    samples = run(model, 800, continuous=None, replicas=2, initial_params=start)
     assert (samples["shift"] == 0.5).all()
     check_marginals(samples["P"], exact)
 
@@ -245,7 +249,7 @@ def test_all_ways_to_evaluate_agree(
     S = permutations(3)
     log_joint = torch.stack([likelihood(P) for P in S])
     kernel = InformedSwaps(model, replicas=2)
-    mcmc = MCMC(kernel, 2000, 50, disable_progbar=True, disable_validation=not validate)
+    mcmc = MCMC(kernel, 1000, 50, disable_progbar=True, disable_validation=not validate)
     mcmc.run()
     assert mcmc.diagnostics()["evaluation"] == {"chain 0": way}
     samples = mcmc.get_samples(group_by_chain=True)["P"]
@@ -290,7 +294,7 @@ def test_parameters_and_observed_permutations_are_left_alone() -> None:
         pyro.sample("P", GibbsMatching(X))
 
     S = permutations(3)
-    samples = run(model)
+    samples = run(model, 800)
     assert set(samples) == {"P"}
     check_marginals(samples["P"], by_enumeration(S, (S * scores).sum((-1, -2))))
     assert torch.equal(pyro.param("scores").detach(), scores)
@@ -309,7 +313,7 @@ def test_streaming_statistics_and_hooks() -> None:
     statistics = StatsOfDict(default=CountMeanStats)
     mcmc = StreamingMCMC(
         InformedSwaps(model),
-        3000,
+        1500,
         warmup_steps=50,
         statistics=statistics,
         hook_fn=hook,
@@ -317,11 +321,11 @@ def test_streaming_statistics_and_hooks() -> None:
     )
     mcmc.run()
     found = mcmc.get_statistics(group_by_chain=False)["P"]
-    assert found["count"] == 3000
-    # No samples are kept to tell the effective size; 300 is less than it is.
-    assert (found["mean"] - exact).abs().max() < SIGMAS * (0.25 / 300) ** 0.5
+    assert found["count"] == 1500
+    # No samples are kept to tell the effective size; 200 is less than it is.
+    assert (found["mean"] - exact).abs().max() < SIGMAS * (0.25 / 200) ** 0.5
     assert seen[0] == ("Warmup", 0, (4, 4))
-    assert len(seen) == 3050
+    assert len(seen) == 1550
 
 
 def test_several_chains_and_diagnostics() -> None:
