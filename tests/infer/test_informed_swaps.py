@@ -476,9 +476,9 @@ def test_a_model_that_leaves_torch_is_not_recorded() -> None:
 
 
 def test_a_batch_of_different_masks() -> None:
-    ring = torch.eye(3).bool() | torch.eye(3).bool().roll(1, 1)
+    some = ~torch.eye(3).bool().roll(1, 1)
     small = torch.tensor([[True, True, False], [True, True, False], [False] * 3])
-    mask = torch.stack([ring, torch.ones(3, 3).bool(), small])
+    mask = torch.stack([some, torch.ones(3, 3).bool(), small])
     X = torch.randn(3, 3, 3)
 
     def model() -> None:
@@ -491,4 +491,4 @@ def test_a_batch_of_different_masks() -> None:
         S = torch.nn.functional.pad(permutations(size), (0, 3 - size, 0, 3 - size))
         S = S[(allowed | (S == 0)).all(-1).all(-1)]
         exact.append(by_enumeration(S, (S * scores).sum((-1, -2))))
-    check_marginals(run(model, 3000, replicas=1)["P"], torch.stack(exact))
+    check_marginals(run(model, 1500, replicas=1)["P"], torch.stack(exact))
