@@ -39,6 +39,7 @@ from pyro_permutations.permanents import (
     log_permanent,
     sinkhorn_log_permanent,
 )
+from pyro_permutations.plot import heat_map, structural_order
 from pyro_permutations.posterior import Candidate, MatchingPosterior, Matchings
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
 from pyro_permutations.transforms import (
@@ -75,6 +76,7 @@ __all__ = [
     "calibrated_log_permanent",
     "contrasts",
     "doubly_stochastic",
+    "heat_map",
     "link_count_prior",
     "log_of",
     "log_permanent",
@@ -92,6 +94,7 @@ __all__ = [
     "sinkhorn",
     "sinkhorn_log_permanent",
     "slack_of",
+    "structural_order",
     "to_indices",
     "to_matrix",
 ]
