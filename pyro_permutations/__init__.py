@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributions over permutations and matchings for Pyro."""
 
+from pyro_permutations.birkhoff import birkhoff_decomposition
 from pyro_permutations.carried_log import log_of, slack_of
 from pyro_permutations.constraints import (
     contrasts,
@@ -72,6 +73,7 @@ __all__ = [
     "SinkhornTransform",
     "UniformPermutation",
     "bethe_log_permanent",
+    "birkhoff_decomposition",
     "calibrated_entropy",
     "calibrated_log_permanent",
     "contrasts",

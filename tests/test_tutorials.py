@@ -30,7 +30,37 @@ def worm(output: str) -> None:
     assert unknown("noise-free") > 0.7
 
 
-CHECKS = {"worm.py": worm}
+def trust(output: str) -> None:
+    """What each inference says of the names of eight cells, beside the exact law."""
+
+    def line(way: str) -> list[float]:
+        (row,) = re.findall(
+            rf"^{way}((?: +\d+\.\d+){{6}})$", output, flags=re.MULTILINE
+        )
+        return [float(x) for x in row.split()]
+
+    exact, relaxed, discrete, swaps = map(
+        line, ("exact", "relaxed SVI", "discrete KL", "swaps")
+    )
+    assert exact[:2] == [0.0, 0.0]
+    assert exact[2] >= 0.9
+    # Total variation. Four chains of 1000 give .012 at seed 0; their standard errors of
+    # about .01 allow .05. A uniform guess is off by .6, relaxed SVI by .2 to .3.
+    assert swaps[0] < 0.05
+    assert discrete[0] < 0.15
+    assert discrete[0] < relaxed[0]
+    assert swaps[2] > 0.85
+    # The likeliest of the exact names of the doubtful cell is found by all.
+    names = re.findall(
+        r"^(?:exact|relaxed SVI|discrete KL|swaps) +([A-Z]+) 0\.",
+        output,
+        flags=re.MULTILINE,
+    )
+    assert len(names) == 4
+    assert len(set(names)) == 1
+
+
+CHECKS = {"trust.py": trust, "worm.py": worm}
 
 
 def test_every_tutorial_is_listed() -> None:
