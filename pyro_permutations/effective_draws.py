@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_permutations project.
 # SPDX-License-Identifier: Apache-2.0
-"""How many independent draws Markov chains are worth."""
+"""How sure a frequency is, and how many independent draws Markov chains are worth."""
 
 from __future__ import annotations
 
-__all__ = ["effective_counts", "effective_draws"]
+__all__ = ["effective_counts", "effective_draws", "standard_error"]
 
 import torch
 from torch import Tensor
@@ -92,6 +92,20 @@ def effective_counts(
         size[row[some], place[some]] = effective_draws(hits.double())
     least = size.amin()
     return torch.where(size.isinf(), least if least.isfinite() else 2.0 * chains, size)
+
+
+def standard_error(
+    frequency: Tensor,
+    size: Tensor,  # of a shape that broadcasts; infinite: no error
+) -> Tensor:
+    """Standard error of a frequency among so many draws, and half a one each way.
+
+    The halves are there for 0 and 1: what was never drawn is not known to be never.
+    """
+    if bool(size.isinf().all()):
+        return torch.zeros_like(frequency)
+    p = (frequency * size + 0.5) / (size + 1)
+    return (p * (1 - p) / size).sqrt()
 
 
 def _autocovariance(x: Tensor) -> Tensor:  # (chains, size, *shape), of mean zero

@@ -46,6 +46,7 @@ LAYERS = [
     ("fractional_entropy", NUMERICS),
     ("permanents", NUMERICS),
     ("effective_draws", NUMERICS),
+    ("posterior_arguments", NUMERICS),
     ("birkhoff", NUMERICS),
     ("carried_log", NO_PYRO),
     ("constraints", NO_PYRO),
