@@ -28,6 +28,7 @@ LAYERS = [
     ("spanning_trees", NUMERICS),
     ("matching", NUMERICS),
     ("kernel_newton", NUMERICS),
+    ("kernel_squaring", NUMERICS),
     ("kernel_scaling", NUMERICS),
     ("sinkhorn_solvers", NUMERICS),
     ("sinkhorn_arguments", NUMERICS),
