@@ -83,15 +83,15 @@ def scale_kernel(
         return Scaling(scores, columns, 0.0, 0)
     case: dict[str, Any] = {"tol": tol, "slack": slack, "masked": masked}
     method = scale_by_squaring if small(scores) else _scale_by_products
-    result, steps = method(scores, rows, columns, **case)
-    left = ~(result[-1] <= tol)  # NaN too
-    if small(scores) and bool(left.any()):
-        index = left.flatten().nonzero()[:, 0]
+    (p, g, error), steps = method(scores, rows, columns, **case)
+    residual = float(error.amax())
+    if small(scores) and not residual <= tol:  # NaN too
+        index = (~(error <= tol)).flatten().nonzero()[:, 0]
         some = (x[index] for x in (scores, rows, columns))
         inner, steps = _scale_by_products(*some, **case)
-        result = replaced(result, index, inner)
-    p, g, error = result
-    return Scaling(p, g, float(error.amax()), steps)
+        p, g, error = replaced((p, g, error), index, inner)
+        residual = float(error.amax())
+    return Scaling(p, g, residual, steps)
 
 
 def _scale_by_products(

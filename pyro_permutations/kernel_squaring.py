@@ -50,8 +50,8 @@ class _State(NamedTuple):
 
     def at(self, index: Tensor) -> _State:
         """Those of some batch elements."""
-        *parts, drains = self
-        return _State(*(x[index] for x in parts), tuple(x[index] for x in drains))
+        p, g, weights, columns = (x[index] for x in self[:4])
+        return _State(p, g, weights, columns, tuple(x[index] for x in self.drains))
 
 
 def scale_by_squaring(
@@ -80,7 +80,7 @@ def scale_by_squaring(
         scores, rows, columns = scores[:, :-1], rows[..., :-1], columns[..., :-1]
     base = scores - scores.amax(-1, keepdim=True)
     k = max(0, math.frexp(_FIRST * _depth(base, masked or slack))[1])
-    p, g = (base * 0.5**k).exp_(), torch.zeros_like(columns)
+    p, g = (base * 0.5**k).exp_().clamp_min_(_FLOOR), torch.zeros_like(columns)
     state = _State(p, g, rows.sqrt(), columns, drains)
     (p, g, error), steps = _scaled(state, k, tol, 0)
     if masked or slack:
@@ -105,51 +105,56 @@ def _scaled(
 ) -> tuple[tuple[Tensor, ...], int]:
     """Matrix, potentials and errors at temperature one; and the number of steps."""
     p, g, weights, columns, drains = state
+    weight, m = weights.mT, columns.shape[-1]
     before = factor = None
     close, most = False, steps + k + _MOST_STEPS
     while True:
-        p.clamp_min_(_FLOOR)
-        p *= weights.mT / p.sum(-1, keepdim=True)
+        p *= weight / p.sum(-1, keepdim=True)
         sums = torch.bmm(weights, p)
         if drains:
             drain = torch.add(g, drains[0], alpha=0.5**k).clamp_max_(_HIGHEST).exp_()
-            sums = sums[..., :-1] + drain
+            sums = sums[..., :m] + drain
         lacking = columns - sums
-        error = lacking.abs().amax(-1, keepdim=True)
-        worst = float(error.amax())
+        worst = float(lacking.abs().amax())
         steps += 1
         if not worst < torch.inf or steps > most:
             break
         if k == 0 and (worst <= _SHARP * tol or (worst <= tol and close)):
             break
-        close = k == 0 and worst <= tol
-        if k == 0 and large(p) and few(left := error > _SHARP * tol):
+        if k == 0 and large(p) and few(left := _error(lacking) > _SHARP * tol):
             index = left.flatten().nonzero()[:, 0]
             state = _State(p, g, weights, columns, drains).at(index)
             inner, steps = _scaled(state, k, tol, steps)
-            return replaced((p * weights.mT, g, error), index, inner), steps
+            result = p * weight, g, _error(lacking)
+            return replaced(result, index, inner), steps
+        close = k == 0 and worst <= tol
         if steps == 1:
             move = (columns / sums).log_()
         else:
             if factor is None or not close:
-                factor = _factor(p[..., : columns.shape[-1]], sums)
+                factor = _factor(p[..., :m] if drains else p, sums)
             move = torch.cholesky_solve(lacking.mT, factor).mT
             move = move.clamp_(-_LONGEST, _LONGEST)
-        if k == 0 or (worst > _STAGE_TOLERANCE and steps > 1):
-            g = g + move
-        else:
+        now = g + move
+        if k > 0 and (worst <= _STAGE_TOLERANCE or steps == 1):
             k -= 1
             p *= p
-            now = g + move
-            # In units of the new temperature, in which what was counts twice.
-            move = 2 * move if before is None else now + 2 * (move - before)
-            move = move.clamp_(-_FARTHEST, _FARTHEST)
-            before, g = now, torch.add(move, g, alpha=2)
-        p *= pad(move.exp(), (0, 1), value=1.0) if drains else move.exp()
-    return (p * weights.mT, g, error), steps
+            p.clamp_min_(_FLOOR)
+            # At half the temperature potentials count twice.
+            ahead = 2 * now if before is None else torch.lerp(before, now, 3)
+            move = torch.sub(ahead, g, alpha=2).clamp_(-_FARTHEST, _FARTHEST)
+            before, now = now, torch.add(move, g, alpha=2)
+        g, move = now, move.exp_()
+        p *= pad(move, (0, 1), value=1.0) if drains else move
+    return (p * weight, g, _error(lacking)), steps
+
+
+def _error(lacking: Tensor) -> Tensor:  # (b, 1, 1)
+    return lacking.abs().amax(-1, keepdim=True)
 
 
 def _factor(p: Tensor, sums: Tensor) -> Tensor:
     laplacian = torch.bmm(p.mT, p).neg_()
     laplacian.diagonal(dim1=-2, dim2=-1).add_(sums[:, 0], alpha=1 + _RIDGE)
-    return torch.linalg.cholesky_ex(laplacian)[0]
+    factor: Tensor = torch.linalg.cholesky_ex(laplacian)[0]
+    return factor

@@ -157,8 +157,9 @@ def _by_component(
     """Solve the whole, or its components one by one where that is less work."""
     rows, columns = _sums(graph, marginals)
     lead, shape = scores.shape[:-2], scores.shape[-2:]
-    for batch in (graph.batch_shape, rows.shape[:-2], columns.shape[:-2]):
-        lead = torch.broadcast_shapes(lead, batch)
+    others = graph.batch_shape, rows.shape[:-2], columns.shape[:-2]
+    if any(others):  # not at once: torch takes its time
+        lead = torch.broadcast_shapes(lead, *others)
     scores = scores.expand(*lead, *shape)
     if not falls_apart(graph):
         return _solved(solver, scores, graph, rows, columns, tol)

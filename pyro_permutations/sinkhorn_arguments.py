@@ -66,7 +66,7 @@ def checked(
 
 def _common(batch: torch.Size, other: torch.Size, name: str) -> torch.Size:
     try:
-        return torch.Size(torch.broadcast_shapes(batch, other))
+        return torch.Size(torch.broadcast_shapes(batch, other)) if other else batch
     except RuntimeError:
         raise ValueError(
             f"{name} of batch shape {tuple(other)} does not broadcast with logits of "
