@@ -33,7 +33,7 @@ _FLOOR = 1e-130
 _RIDGE = 1e-13
 # At low temperatures gradients feel errors of the sums many times over. Errors of more
 # than this share of the tolerance get one more step, with the factor that is there.
-_SHARP = 1e-2
+_SHARP = 0.1
 # Slack is at most one where the sums are right; on the way it is read as no more than
 # the exponential of this.
 _HIGHEST = 50.0
@@ -80,7 +80,7 @@ def scale_by_squaring(
         scores, rows, columns = scores[:, :-1], rows[..., :-1], columns[..., :-1]
     base = scores - scores.amax(-1, keepdim=True)
     k = max(0, math.frexp(_FIRST * _depth(base, masked or slack))[1])
-    p, g = (base * 0.5**k).exp_().clamp_min_(_FLOOR), torch.zeros_like(columns)
+    p, g = (base * 0.5**k).exp_(), torch.zeros_like(columns)
     state = _State(p, g, rows.sqrt(), columns, drains)
     (p, g, error), steps = _scaled(state, k, tol, 0)
     if masked or slack:

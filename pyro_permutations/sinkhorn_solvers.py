@@ -52,8 +52,8 @@ class Solution(NamedTuple):
 
 def solve(
     scores: Tensor,  # (b, n, m), -inf where forbidden
-    rows: Tensor,  # (b, n)
-    columns: Tensor,  # (b, m)
+    rows: Tensor,  # (b, 1, n)
+    columns: Tensor,  # (b, 1, m)
     root: Tensor,  # (b, m)
     tol: float,
     *,
@@ -70,13 +70,15 @@ def solve(
     wire, has its weight at every temperature, and makes of the slack row one more row
     whose sum is known. The slack column is a root, so that its sum is not asked for.
     """
-    log_rows = rows.log()[..., None]
+    log_rows = rows.mT.log()
     # The first inverse temperature, 1 where the scores are mild.
     deviation = spread(scores, slack=slack, masked=masked)[:, 0, 0]
     scale = (_WARM * 1.6 / deviation.clamp_min(1e-300)).clamp_max(1.0)
     log_p = _wired(scores * scale[:, None, None], slack)
-    sums = rows[:, None, :], columns[:, None, :]
-    warm = scale_kernel(log_p, *sums, _WARM_TOLERANCE, slack=slack, masked=masked)
+    warm = scale_kernel(
+        log_p, rows, columns, _WARM_TOLERANCE, slack=slack, masked=masked
+    )
+    columns = columns[:, 0]
     log_p = _normalise_rows(log_p + warm.potentials, log_rows)
     iterations = warm.iterations
     growth = 4.0 if small(scores) else 2.0
