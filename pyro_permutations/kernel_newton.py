@@ -90,11 +90,11 @@ def newton(
 def small(kernel: Tensor) -> bool:
     """Whether to factorize rather than iterate: the rule that chooses.
 
-    Up to 64 columns a Cholesky factorization costs less than the few products with a
+    Up to 48 columns a Cholesky factorization costs less than the few products with a
     vector that conjugate gradients take. Larger ones iterate, and where that is slow
     an element is factorized from then on.
     """
-    return int(kernel.shape[-1]) <= 64
+    return int(kernel.shape[-1]) <= 48
 
 
 def few(going: Tensor) -> bool:
@@ -164,24 +164,26 @@ def conjugate_gradients(
     kernel, _, rows, _ = system
     w = u.square() / rows
     squares = kernel.square() if squares is None else squares
-    diagonal = (sums - v.square() * times(w, squares)).clamp_min(1e-10)
+    inverse = (sums - v.square() * times(w, squares)).clamp_min(1e-10).reciprocal()
     x, r = torch.zeros_like(b), b
-    z = r / diagonal
-    p, rz = z, (r * z).sum(-1, keepdim=True)
+    p = z = r * inverse
+    rz = (r * z).sum(-1, keepdim=True)
     largest = r.abs().amax(-1, keepdim=True)
     # To look at the error costs nothing on a CPU, and elsewhere a synchronisation.
     every = 1 if kernel.device.type == "cpu" else 8
     for k in range(max(32, kernel.shape[-1] // 4)):
-        if k % every == 0 and bool((largest <= stop).all()):
+        going = largest > stop
+        if k % every == 0 and not bool(going.any()):
             break
-        ap = sums * p - v * times(w * times(v * p, kernel.mT), kernel)
+        through = times(w * times(v * p, kernel.mT), kernel)
+        ap = torch.addcmul(sums * p, v, through, value=-1)
         step = rz / (p * ap).sum(-1, keepdim=True).clamp_min(1e-300)
-        step = torch.where(largest > stop, step, 0.0)
-        x = x + step * p
-        r = r - step * ap
-        z = r / diagonal
+        step = torch.where(going, step, 0.0)
+        x = torch.addcmul(x, step, p)
+        r = torch.addcmul(r, step, ap, value=-1)
+        z = r * inverse
         rz, last = (r * z).sum(-1, keepdim=True), rz
-        p = z + rz / last.clamp_min(1e-300) * p
+        p = torch.addcmul(z, rz / last.clamp_min(1e-300), p)
         largest = r.abs().amax(-1, keepdim=True)
     return x, ~(largest <= stop)  # NaN too
 
