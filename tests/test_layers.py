@@ -19,6 +19,7 @@ NO_PYRO = ("pyro",)
 NO_INFERENCE = ("pyro.infer", "pyro.poutine", "pyro.optim", "pyro.contrib")
 LAYERS = [
     ("warnings", NUMERICS),
+    ("outside", NUMERICS),
     ("mask_analysis", NUMERICS),
     ("matching_graph", NUMERICS),
     ("unmatched_scores", NUMERICS),
