@@ -121,6 +121,7 @@ def _scaled(
         worst = float(lacking.abs().amax())
         steps += 1
         if not worst < torch.inf or steps > most:
+            lacking = lacking if k == 0 else torch.full_like(lacking, torch.inf)
             break
         if k == 0 and (worst <= _SHARP * tol or (worst <= tol and close)):
             break
