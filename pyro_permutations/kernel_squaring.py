@@ -21,7 +21,9 @@ _FIRST = 0.4
 # Temperatures halve unless an error of a sum is larger than this. What extrapolation
 # leaves, mostly .2 to .5, is taken away by the Newton step that goes with it.
 _STAGE_TOLERANCE = 1.0
-_MOST_STEPS = 40  # at the last temperature
+# So many steps at one temperature, before the last one and there, are too many.
+_MOST_WAITS = 10
+_MOST_STEPS = 40
 # No potential moves further in a step of Newton, nor in an extrapolation.
 _LONGEST = 1.5
 _FARTHEST = 100.0
@@ -110,7 +112,7 @@ def _scaled(
     p, g, weights, columns, drains = state
     weight, m = weights.mT, columns.shape[-1]
     before = factor = None
-    close, most = False, steps + k + _MOST_STEPS
+    close, begun = False, steps + k
     while True:
         p *= weight / p.sum(-1, keepdim=True)
         sums = torch.bmm(weights, p)
@@ -120,7 +122,8 @@ def _scaled(
         lacking = columns - sums
         worst = float(lacking.abs().amax())
         steps += 1
-        if not worst < torch.inf or steps > most:
+        most = _MOST_STEPS if k == 0 else _MOST_WAITS
+        if not worst < torch.inf or steps + k > begun + most:
             lacking = lacking if k == 0 else torch.full_like(lacking, torch.inf)
             break
         if k == 0 and (worst <= _SHARP * tol or (worst <= tol and close)):

@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from pyro_permutations.log_elimination import eliminate_in_logs
 
@@ -46,7 +48,12 @@ class Network:
 
     def subset(self, index: Tensor) -> Network:
         """The networks of some batch elements."""
-        return Network(self.log_weights[index], self.root[index])
+        part = copy(self)
+        part._elimination = None
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(part, name, value[index])
+        return part
 
     def cholesky(
         self, tolerance: float | Tensor = _ACCURATE
@@ -59,15 +66,16 @@ class Network:
         """
         ground = self.root.to(self.p.dtype)
         free = 1 - ground
-        off = self.conductances * free[..., None, :] * free[..., :, None]
         diagonal = self.conductances.sum(-1) * free + ground
         scale = diagonal.clamp_min(1e-300).rsqrt()
-        laplacian = torch.diag_embed((diagonal > 0).to(off.dtype))
-        laplacian -= off * scale[..., None, :] * scale[..., :, None]
+        off = scale * free
+        laplacian = (self.conductances * off[..., None, :]).mul_(-off[..., :, None])
+        laplacian.diagonal(dim1=-2, dim2=-1).copy_(diagonal > 0)
         factor, info = torch.linalg.cholesky_ex(laplacian)
         accurate = (info == 0) & (diagonal.amin(-1) > _WEAKEST_PIVOT)
-        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-        factor = torch.where(accurate[:, None, None], factor, identity)
+        if not bool(accurate.all()):
+            identity = torch.eye(factor.shape[-1]).to(factor)
+            factor = torch.where(accurate[:, None, None], factor, identity)
         tied = (self.conductances @ ground[..., None])[..., 0] * free + ground
         ones = torch.cholesky_solve((tied * scale)[..., None], factor)[..., 0] * scale
         accurate &= (ones - 1).abs().amax(-1) < tolerance
@@ -216,9 +224,9 @@ def _products(p: Tensor, rows: Tensor) -> Tensor:
     pivot no conductance counts: so the smallest p are zero, and the others so large
     that none of their products is denormal.
     """
-    p = torch.where(p < 1e-300, 0.0, p * 2.0**500)
+    p = threshold(p * 2.0**500, 1e-300 * 2.0**500, 0.0, inplace=True)
     c = p.mT @ (rows[..., None] * p)
-    return torch.where(c < 1.0, 0.0, c * 2.0**-500 * 2.0**-500)
+    return threshold(c, 1.0, 0.0, inplace=True).mul_(2.0**-500).mul_(2.0**-500)
 
 
 def _differences(pivots: Tensor, steps: Tensor, source: Tensor) -> Tensor:
