@@ -33,11 +33,15 @@ class Network:
     without subtraction where it is not.
     """
 
-    def __init__(self, log_weights: Tensor, root: Tensor) -> None:
+    def __init__(
+        self, log_weights: Tensor, root: Tensor, log_rows: Tensor | None = None
+    ) -> None:
+        """Log weights (*batch, n, m), roots (*batch, m), row sums if they are known."""
         n, m = log_weights.shape[-2:]
         self.root = root.expand(*log_weights.shape[:-2], m).reshape(-1, m)
         self.log_weights = log_weights = log_weights.reshape(-1, n, m)
-        log_rows = torch.logsumexp(log_weights, -1)
+        if log_rows is None:
+            log_rows = torch.logsumexp(log_weights, -1)
         self.log_scale = log_rows.amax(-1)
         self.p = (log_weights - log_rows[..., None]).exp()
         self.rows = (log_rows - self.log_scale[..., None]).exp()
@@ -174,7 +178,18 @@ class Network:
     def differences(self, source: Tensor) -> Tensor:
         """h_j - h_k of the column potentials that carry off an antisymmetric source."""
         pivots, steps, _ = self.eliminate()
-        return _differences(pivots, steps, source)
+        return _substitute(steps, _handed_on(pivots, steps, source), sign=-1)
+
+    def carried_off(self, source: Tensor) -> Tensor:  # (b, m)
+        """The column potentials themselves, accurate in terms of the largest.
+
+        h_p = b_p / s_p + sum_k u_k h_k over the nodes k before p: a triangular system.
+        """
+        pivots, steps, _ = self.eliminate()
+        b = _handed_on(pivots, steps, source)[..., None]
+        solve = torch.linalg.solve_triangular
+        h: Tensor = solve(-steps, b, upper=False, unitriangular=True)
+        return h[:, 1:, 0]
 
     def potentials(self, factor: Tensor, scale: Tensor, b: Tensor) -> Tensor:
         """Column potentials (b, m, 1) that carry off a source at the columns."""
@@ -229,12 +244,11 @@ def _products(p: Tensor, rows: Tensor) -> Tensor:
     return threshold(c, 1.0, 0.0, inplace=True).mul_(2.0**-500).mul_(2.0**-500)
 
 
-def _differences(pivots: Tensor, steps: Tensor, source: Tensor) -> Tensor:
-    """Elimination and back substitution of an antisymmetric source, pair by pair.
+def _handed_on(pivots: Tensor, steps: Tensor, source: Tensor) -> Tensor:
+    """What elimination leaves of an antisymmetric source at each node, over its pivot.
 
-    Eliminating node p hands its sources on: N_qk += u_q N_pk - u_k N_pq, in which
-    what clusters exchange inside cancels before it is added up. Then
-    h_p - h_j = b_p / s_p + sum_k u_k (h_k - h_j).
+    Eliminating node p hands its sources on pair by pair: N_qk += u_q N_pk - u_k N_pq,
+    in which what clusters exchange inside cancels before it is added up.
     """
     size = pivots.shape[-1]
     n = torch.zeros_like(steps)
@@ -247,7 +261,7 @@ def _differences(pivots: Tensor, steps: Tensor, source: Tensor) -> Tensor:
             n[:, low:k, :k] += u[:, :, low:].mT * own - own[:, :, low:].mT * u
         handed = steps[:, low:high, :low].mT @ n[:, low:high, :low]
         n[:, :low, :low] += handed - handed.mT
-    return _substitute(steps, total, sign=-1)
+    return total
 
 
 def _resistances(pivots: Tensor, steps: Tensor) -> Tensor:
@@ -261,7 +275,8 @@ def _resistances(pivots: Tensor, steps: Tensor) -> Tensor:
 def _substitute(steps: Tensor, constant: Tensor, sign: int) -> Tensor:
     """Solve x(p, j) = constant_p + E x(J, j) for j < p, x(j, p) = sign * x(p, j).
 
-    With sign = 1, for resistances, half of E x(J, J') is taken off the constant.
+    With sign = -1 for differences of potentials, each to its own accuracy. With sign =
+    1, for resistances, half of E x(J, J') is taken off the constant.
     """
     x = torch.zeros_like(steps)
     for first, high in reversed(_panels(steps.shape[-1])):

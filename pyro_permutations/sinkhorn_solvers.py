@@ -36,10 +36,10 @@ _ROUNDED = 3e-7
 # No log potential moves by more in one step, relative to the others.
 _LONGEST_STEP = 4.0
 _MOST_STEPS = 200
-# Up to this many times the first inverse temperature little is decided, and products
-# with a vector do better than factorizations.
-_WARM = 4.0
-_WARM_TOLERANCE = 5e-2
+# Up to this many times the first inverse temperature no tie is too weak for kernels, and
+# products with a vector do better than factorizations.
+_WARM = 16.0
+_WARM_TOLERANCE = 1e-3
 
 
 class Solution(NamedTuple):
@@ -176,7 +176,7 @@ def _newton(
     while len(active) and steps < _MOST_STEPS:
         everyone = len(active) == len(log_p)
         part = log_p if everyone else log_p[active]
-        network = Network(part, root[active])
+        network = Network(part, root[active], log_rows[active][..., 0])
         if best is None:
             move = _filling_step(network, columns[active], tolerance)
         else:
@@ -209,7 +209,7 @@ def _balancing_step(
     one where flows balance: sum_k F_jk = sum_k F_kj. So nothing is subtracted from one,
     and what is nearly decided changes by a small number, not by a difference of large
     ones. What the clusters of a near-permutation exchange among themselves cancels pair
-    by pair in :meth:`Network.differences`.
+    by pair in :meth:`Network.carried_off`.
     """
     slack, unit = best.slack, (-network.log_scale).exp()[:, None]
     matching = network.p.argmax(-1)
@@ -227,8 +227,7 @@ def _balancing_step(
     summed = torch.where(flows, source.abs().sum(-1), (1 + sums) * unit)
     factor, scale, accurate = network.cholesky(tolerance)
     accurate &= _resolves(network, factor, scale, summed, tolerance)
-    h = network.potentials(factor, scale, b)[..., 0]
-    move = h[:, None, :] - h.gather(-1, matching)[..., None]
+    move = _relative(network.potentials(factor, scale, b)[..., 0], matching)
     for index, part, extreme in network.apart(accurate):
         pi = matching[index]
         other = (~(decided | ask))[index]
@@ -237,8 +236,7 @@ def _balancing_step(
         if extreme:
             better = _extreme_step(part, pi, slack)
         else:
-            differences = part.differences(_imbalance(part, pi, slack))
-            better = differences.mT.gather(1, pi[..., None].expand_as(part.p))
+            better = _relative(part.carried_off(_imbalance(part, pi, slack)), pi)
         move = move.index_copy(0, index, better)
     return move
 
@@ -324,13 +322,16 @@ def _filling_step(network: Network, columns: Tensor, tolerance: Tensor) -> Tenso
     columns = columns * (-network.log_scale).exp()[:, None]
     b = columns - sums
     factor, scale, accurate = network.cholesky(tolerance)
-    h = network.potentials(factor, scale, b)[..., 0]
-    move = h[:, None, :] - h.gather(-1, largest)[..., None]
+    move = _relative(network.potentials(factor, scale, b)[..., 0], largest)
     for index, part, _ in network.apart(accurate):
         # What a column lacks comes from the root of its component.
         lacking = b[index] * (network.log_scale[index] - part.log_scale).exp()[:, None]
         source = lacking[:, :, None] * part.root[:, None, :].to(b.dtype)
-        differences = part.differences(source - source.mT)
-        pi = largest[index][..., None].expand_as(part.p)
-        move = move.index_copy(0, index, differences.mT.gather(1, pi))
+        h = part.carried_off(source - source.mT)
+        move = move.index_copy(0, index, _relative(h, largest[index]))
     return move
+
+
+def _relative(h: Tensor, columns: Tensor) -> Tensor:  # (b, m), (b, n) -> (b, n, m)
+    """Potentials relative to that of a column of each row."""
+    return h[:, None, :] - h.gather(-1, columns)[..., None]
