@@ -36,8 +36,8 @@ _ROUNDED = 3e-7
 # No log potential moves by more in one step, relative to the others.
 _LONGEST_STEP = 4.0
 _MOST_STEPS = 200
-# Up to this many times the first inverse temperature no tie is too weak for kernels, and
-# products with a vector do better than factorizations.
+# Up to this many times the first inverse temperature no tie is too weak for a kernel,
+# and products with a vector do better than factorizations.
 _WARM = 16.0
 _WARM_TOLERANCE = 1e-3
 
@@ -75,12 +75,11 @@ def solve(
     deviation = spread(scores, slack=slack, masked=masked)[:, 0, 0]
     scale = (_WARM * 1.6 / deviation.clamp_min(1e-300)).clamp_max(1.0)
     log_p = _wired(scores * scale[:, None, None], slack)
-    warm = scale_kernel(
+    *_, potentials, _, iterations = scale_kernel(
         log_p, rows, columns, _WARM_TOLERANCE, slack=slack, masked=masked
     )
     columns = columns[:, 0]
-    log_p = _normalise_rows(log_p + warm.potentials, log_rows)
-    iterations = warm.iterations
+    log_p = _normalise_rows(log_p.add_(potentials), log_rows)
     growth = 4.0 if small(scores) else 2.0
     previous, previous_scale = log_p, torch.zeros_like(scale)
     square = slack or bool((rows == 1).all() and (columns == 1).all())
@@ -176,20 +175,19 @@ def _newton(
     while len(active) and steps < _MOST_STEPS:
         everyone = len(active) == len(log_p)
         part = log_p if everyone else log_p[active]
-        network = Network(part, root[active], log_rows[active][..., 0])
+        # Named nowhere, so that it is gone before the next.
+        given = part, root[active], log_rows[active][..., 0]
         if best is None:
-            move = _filling_step(network, columns[active], tolerance)
+            move = _filling_step(Network(*given), columns[active], tolerance)
         else:
-            move = _balancing_step(network, tolerance, best, active)
+            move = _balancing_step(Network(*given), tolerance, best, active)
         size = move.abs().amax((-2, -1))
         move *= (_LONGEST_STEP / size.clamp_min(_LONGEST_STEP))[:, None, None]
         part = _normalise_rows(part + move, log_rows[active])
         log_p = part if everyone else log_p.index_copy(0, active, part)
         # The first steps need a direction only, the last ones an exact one; a step is
         # the last if it was exact and short.
-        rounding = 1e-15 * part.masked_fill(part == -torch.inf, 0.0).abs().amax(
-            (-2, -1)
-        )
+        rounding = 1e-15 * part.nan_to_num(neginf=0.0).abs_().amax((-2, -1))
         short = size < target[active]
         exact = (tolerance == _EXACT) | (target[active] == _STAGE_STEP)
         tolerance = torch.where(size < _NEAR, _EXACT, tolerance)
@@ -211,7 +209,8 @@ def _balancing_step(
     ones. What the clusters of a near-permutation exchange among themselves cancels pair
     by pair in :meth:`Network.carried_off`.
     """
-    slack, unit = best.slack, (-network.log_scale).exp()[:, None]
+    slack = best.slack
+    unit = (-network.log_scale).exp()[:, None]
     matching = network.p.argmax(-1)
     decided = _owners(network, matching, slack)[1]
     ties = network.conductances.sum(-1) / unit
@@ -220,14 +219,18 @@ def _balancing_step(
     if bool(ask.any()):
         matching = torch.where(ask[:, None], best.indices[active], matching)
     # Undecided but nowhere weak: one less the column sum is as good.
-    source = _imbalance(network, matching, slack)
     sums = _column_sums(network, slack)
+    b, summed = (1 - sums) * unit, (1 + sums) * unit
     flows = (decided | ask)[:, None]
-    b = torch.where(flows, source.sum(-1), (1 - sums) * unit)
-    summed = torch.where(flows, source.abs().sum(-1), (1 + sums) * unit)
+    if bool(flows.any()):
+        source = _imbalance(network, matching, slack)
+        b = torch.where(flows, source.sum(-1), b)
+        summed = torch.where(flows, source.abs_().sum(-1), summed)
+        del source
     factor, scale, accurate = network.cholesky(tolerance)
     accurate &= _resolves(network, factor, scale, summed, tolerance)
     move = _relative(network.potentials(factor, scale, b)[..., 0], matching)
+    del factor
     for index, part, extreme in network.apart(accurate):
         pi = matching[index]
         other = (~(decided | ask))[index]
@@ -312,7 +315,7 @@ def _imbalance(network: Network, matching: Tensor, slack: bool) -> Tensor:
         weight = (matching == p.shape[-1] - 1).to(p.dtype)
         weight[:, -1] = math.exp(WIRE)
         flow[:, -1] = (weight[:, None, :] @ p)[:, 0]
-    return (flow - flow.mT) * (-network.log_scale).exp()[:, None, None]
+    return (flow - flow.mT).mul_((-network.log_scale).exp()[:, None, None])
 
 
 def _filling_step(network: Network, columns: Tensor, tolerance: Tensor) -> Tensor:
