@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_permutations.kernel_newton import small
 from pyro_permutations.kernel_scaling import scale_kernel, spread
 from pyro_permutations.log_elimination import eliminate_in_logs
 from pyro_permutations.matching import best_assignments
@@ -80,7 +79,7 @@ def solve(
     )
     columns = columns[:, 0]
     log_p = _normalise_rows(log_p.add_(potentials), log_rows)
-    growth = 4.0 if small(scores) else 2.0
+    growth = 2.0
     previous, previous_scale = log_p, torch.zeros_like(scale)
     square = slack or bool((rows == 1).all() and (columns == 1).all())
     best = _BestMatching(scores, slack) if square else None
