@@ -70,14 +70,14 @@ def scale_kernel(
 ) -> Scaling:
     """Matrix exp(scores + f_i + g_j) of given sums to an absolute tolerance, float64.
 
-    Row potentials are eliminated: with K of unit row sums and v over columns,
-    u = r / (K v) makes rows exact, and c - v K'u is the whole error. Products with a
-    vector are all that a step costs. Temperatures fall to one from where the scores
-    are mild, and the potentials, nearly linear in the temperature, are extrapolated.
+    By Newton's method on the column potentials, those of the rows eliminated. To begin
+    within its reach temperatures fall to one from where the scores are mild, and the
+    potentials, nearly linear in the temperature, are extrapolated. Small kernels are
+    factorized and squared; large ones, and what that gives up, need products with
+    vectors only.
 
     With slack the last row and column are those of a matching graph. No sums are asked
-    of them and their potentials stay zero: what is in them leaks from the rows and
-    drains into the columns.
+    of them and their potentials stay zero.
     """
     if not scores.numel():
         return Scaling(scores, columns, 0.0, 0)
