@@ -202,7 +202,7 @@ def _sums(
 
 def _pairs(P: Tensor, logits: Tensor) -> Tensor:
     n, m = logits.shape[-2:]
-    return P[..., :n, :m]
+    return P if P.shape[-2:] == (n, m) else P[..., :n, :m]
 
 
 def _solved(
