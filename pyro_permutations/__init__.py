@@ -14,6 +14,13 @@ from pyro_permutations.distributions import (
     GumbelSinkhornStraightThrough,
     noise_kl,
 )
+from pyro_permutations.infer import (
+    MatchingDraws,
+    posterior_by_enumeration,
+    posterior_from_guide,
+    posterior_from_mcmc,
+    posterior_of,
+)
 from pyro_permutations.link_count import link_count_prior
 from pyro_permutations.matching import matching, to_indices, to_matrix
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
@@ -37,6 +44,7 @@ __all__ = [
     "GumbelSinkhorn",
     "GumbelSinkhornStraightThrough",
     "LostLogWarning",
+    "MatchingDraws",
     "MatchingGraph",
     "MatchingPosterior",
     "Matchings",
@@ -50,6 +58,10 @@ __all__ = [
     "matching_graph",
     "noise_kl",
     "permutation_matrix",
+    "posterior_by_enumeration",
+    "posterior_from_guide",
+    "posterior_from_mcmc",
+    "posterior_of",
     "sinkhorn",
     "slack_of",
     "to_indices",
