@@ -9,12 +9,16 @@ from pyro_permutations.constraints import (
     permutation_matrix,
 )
 from pyro_permutations.distributions import (
+    GibbsMatching,
     GumbelContrasts,
+    GumbelMatching,
     GumbelSinkhorn,
     GumbelSinkhornStraightThrough,
+    UniformPermutation,
     noise_kl,
 )
 from pyro_permutations.infer import (
+    DiscreteKL_ELBO,
     MatchingDraws,
     posterior_by_enumeration,
     posterior_from_guide,
@@ -24,6 +28,13 @@ from pyro_permutations.infer import (
 from pyro_permutations.link_count import link_count_prior
 from pyro_permutations.matching import matching, to_indices, to_matrix
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.permanents import (
+    bethe_log_permanent,
+    calibrated_entropy,
+    calibrated_log_permanent,
+    log_permanent,
+    sinkhorn_log_permanent,
+)
 from pyro_permutations.posterior import Candidate, MatchingPosterior, Matchings
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
 from pyro_permutations.transforms import (
@@ -40,7 +51,10 @@ __all__ = [
     "Candidate",
     "ContrastsTransform",
     "ConvergenceWarning",
+    "DiscreteKL_ELBO",
+    "GibbsMatching",
     "GumbelContrasts",
+    "GumbelMatching",
     "GumbelSinkhorn",
     "GumbelSinkhornStraightThrough",
     "LostLogWarning",
@@ -49,10 +63,15 @@ __all__ = [
     "MatchingPosterior",
     "Matchings",
     "SinkhornTransform",
+    "UniformPermutation",
+    "bethe_log_permanent",
+    "calibrated_entropy",
+    "calibrated_log_permanent",
     "contrasts",
     "doubly_stochastic",
     "link_count_prior",
     "log_of",
+    "log_permanent",
     "log_sinkhorn",
     "matching",
     "matching_graph",
@@ -63,6 +82,7 @@ __all__ = [
     "posterior_from_mcmc",
     "posterior_of",
     "sinkhorn",
+    "sinkhorn_log_permanent",
     "slack_of",
     "to_indices",
     "to_matrix",

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inference for models with permutations, and what it found."""
 
+from pyro_permutations.infer.discrete_kl import DiscreteKL_ELBO
 from pyro_permutations.infer.enumeration import posterior_by_enumeration
 from pyro_permutations.infer.matching_draws import MatchingDraws
 from pyro_permutations.infer.posteriors import (
@@ -11,6 +12,7 @@ from pyro_permutations.infer.posteriors import (
 )
 
 __all__ = [
+    "DiscreteKL_ELBO",
     "MatchingDraws",
     "posterior_by_enumeration",
     "posterior_from_guide",
