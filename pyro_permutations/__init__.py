@@ -39,6 +39,7 @@ from pyro_permutations.permanents import (
     log_permanent,
     sinkhorn_log_permanent,
 )
+from pyro_permutations.plot import plot_marginals
 from pyro_permutations.posterior import Candidate, MatchingPosterior, Matchings
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
 from pyro_permutations.transforms import (
@@ -84,6 +85,7 @@ __all__ = [
     "mixing",
     "noise_kl",
     "permutation_matrix",
+    "plot_marginals",
     "posterior_by_enumeration",
     "posterior_from_guide",
     "posterior_from_mcmc",

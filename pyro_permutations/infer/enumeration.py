@@ -35,10 +35,12 @@ def posterior_by_enumeration(
     of their elements, if all else is in those plates, too.
 
     Args:
-        model: The model, run with ``args`` and ``kwargs``. All other sites have to be
-            observed: ``pyro.condition`` the model on values of them.
+        model: The model. All other sites have to be observed: ``pyro.condition`` the
+            model on values of them.
         site: Name of the site; its prior is discrete and of at most 8 items, such as
             ``UniformPermutation``.
+        *args: Arguments of the model.
+        **kwargs: Keyword arguments of the model.
 
     Raises:
         ValueError: If other sites are latent, if the site is relaxed, of too many items
@@ -118,7 +120,7 @@ def _scored(trace: Any) -> list[tuple[str, dict[str, Any]]]:
 
 def _depth(trace: Any) -> int:
     """Dimensions that plates or batches have taken."""
-    return max(node["log_prob"].dim() for _, node in _scored(trace))
+    return max(int(node["log_prob"].dim()) for _, node in _scored(trace))
 
 
 def _of_elements(
@@ -135,8 +137,8 @@ def _of_elements(
         shape = log_prob.shape[log_prob.dim() - inside :][-len(batch) :]
         if len(batch) and (1,) * (len(batch) - len(shape)) + tuple(shape) != batch:
             raise ValueError(
-                f"site {name!r} has log probabilities of shape {tuple(shape)} in plates "
-                f"of shape {tuple(batch)}: one for each element is needed."
+                f"site {name!r} has log probabilities of shape {tuple(shape)} in "
+                f"plates of shape {tuple(batch)}: one for each element is needed."
             )
         # What is left of the batch has size one, but for the matchings.
         lead = log_prob.shape[: log_prob.dim() - inside]

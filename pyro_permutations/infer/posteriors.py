@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.distributions import ExpandedDistribution, MaskedDistribution
-from pyro.infer.mcmc.api import AbstractMCMC, StreamingMCMC
+from pyro.infer import MCMC
+from pyro.infer.mcmc.api import StreamingMCMC
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -72,10 +73,12 @@ def posterior_from_guide(
     the best matching is right and the probabilities are too cautious.
 
     Args:
-        guide: The guide, run with ``args`` and ``kwargs``: twice if these alone decide
-            what the logits of the site are, and for every draw if random sites do.
+        guide: The guide. It is run twice if its arguments alone decide what the logits
+            of the site are, and for every draw if random sites do.
         site: Name of the permutation site.
+        *args: Arguments of the guide.
         num_samples: How many draws, where draws are needed.
+        **kwargs: Keyword arguments of the guide.
 
     Raises:
         ValueError: If the guide has no such site, or one of another kind.
@@ -88,20 +91,19 @@ def posterior_from_guide(
         torch.Size([3, 4])
     """
 
-    def run() -> Distribution:
+    def run() -> Any:
         trace = poutine.trace(guide).get_trace(*args, **kwargs)
         return innermost(node_of(trace, site, "guide")["fn"])
 
     with torch.no_grad():
         d, other = run(), run()
-        logits = getattr(d, "logits", None), getattr(other, "logits", None)
-        if logits[0] is not None and torch.equal(*logits):
+        if hasattr(d, "logits") and torch.equal(d.logits, other.logits):
             return posterior_of(d, num_samples)
         perm = torch.cat([_hard_draws(run(), 1) for _ in range(num_samples)])
     return MatchingPosterior(perm, d.event_shape[-1])
 
 
-def posterior_from_mcmc(mcmc: AbstractMCMC, site: str) -> MatchingPosterior:
+def posterior_from_mcmc(mcmc: MCMC | StreamingMCMC, site: str) -> MatchingPosterior:
     """Collect the draws of a permutation site of a finished MCMC run.
 
     The errors of the result take account of the correlation within chains and of the
