@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_permutations.matching import best_assignments
-from pyro_permutations.matching_blocks import blocks, take_block
+from pyro_permutations.matching_blocks import Block, blocks, take_block
 from pyro_permutations.matching_graph import MatchingGraph
 from pyro_permutations.subset_recursion import (
     Weights,
@@ -21,6 +21,10 @@ from pyro_permutations.subset_recursion import (
 
 # Blocks with this many items on the smaller side are summed over exactly.
 EXACT = 12
+# So are, where some row or column has few pairs, those of up to this many, for as far
+# as the tables are small: there matchings differ by rings too long for a group of rows.
+_FEW = 4
+_LARGEST, _LARGEST_WITH_SLACK = 20, 16
 # In larger ones so many rows are drawn anew together, with at most so many unmatched
 # columns to choose from, this many times.
 _GROUP = 8
@@ -38,7 +42,7 @@ def sample_gibbs(
     """Matchings with probability proportional to the exponential of their score."""
     perm = torch.full((count, *scores.shape[:-1]), -1, device=scores.device)
     for block in blocks(graph):
-        draw = _exactly if block.size <= EXACT else _by_chain
+        draw = _exactly if block.size <= _most_exact(block) else _by_chain
         inside = take_block(scores[None], block)[0]
         free = block.free_rows, block.free_columns
         s, t = inside.shape[-2:]
@@ -52,6 +56,13 @@ def sample_gibbs(
         column = torch.where(chosen < 0, -1, column)
         perm[:, block.element[:, None], block.rows] = column
     return perm
+
+
+def _most_exact(block: Block) -> int:
+    fewest = min(int(block.mask.sum(dim).min()) for dim in (-1, -2))
+    if fewest >= _FEW:
+        return EXACT
+    return _LARGEST_WITH_SLACK if block.slack else _LARGEST
 
 
 def _exactly(

@@ -150,8 +150,8 @@ def random_masks(count: int, n: int, density: float) -> Tensor:
 
 
 def test_masks_that_differ_across_the_batch():
-    mask = random_masks(6, 5, 0.3)
-    X = 2 * torch.randn(6, 5, 5)
+    mask = random_masks(4, 4, 0.3)
+    X = 2 * torch.randn(4, 4, 4)
     for f in EVERY:
         together = f(X, mask=mask)
         apart = torch.stack([f(x, mask=k) for x, k in zip(X, mask, strict=True)])
@@ -247,7 +247,7 @@ def test_bad_scores_are_named(f):
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.0, 4.0, 10.0])
 @pytest.mark.parametrize("n", [2, 3, 5, 8, 12])
 def test_bounds(n, scale):
-    X = scale * torch.randn(20, n, n)
+    X = scale * torch.randn(20 if n < 8 else 6, n, n)
     exact = pp.log_permanent(X)
     bethe, capacity = pp.bethe_log_permanent(X), pp.sinkhorn_log_permanent(X)
     assert (bethe <= exact + BOUND).all()

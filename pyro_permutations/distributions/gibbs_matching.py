@@ -57,9 +57,10 @@ class GibbsMatching(TorchDistribution):
       chain starts at the best matching of noisy scores; in each round the rows are put
       into groups of eight at random, and each group is drawn anew, exactly, from its
       law given the rest. The law is kept by that; what is approximate is the start.
-      Under a mask that leaves two matchings apart by no less than a ring of nine rows
-      the chain does not go from one to the other, and their odds are those of the
-      start: long thin bands are sampled wrongly.
+      Where a row or column has less than four pairs the samples are exact for up to 20
+      items (16, if some may stay unmatched). For more, under a mask that leaves two
+      matchings apart by no less than a ring of nine rows, the chain does not go from
+      one to the other: their odds are those of the start, and wrong.
 
     No memory is of the order of n!. Values are checked whatever ``validate_args`` says:
     a matrix that is no permutation matrix is an error, and one that uses a forbidden

@@ -72,15 +72,3 @@ class MatchingSpace(NamedTuple):
         owner = rows.new_full((*column.shape[:-1], m + 1), n).scatter(-1, column, rows)
         owner[..., m] = n
         return owner
-
-    def contains(
-        self,
-        column: Tensor,  # (*lead, B, n)
-    ) -> Tensor:  # (*lead, B) bool
-        """Whether a state is a matching that the graph allows."""
-        allowed = self.allowed.expand(*column.shape[:-2], *self.allowed.shape)
-        rows = allowed.gather(-1, column[..., None])[..., 0].all(-1)
-        m = self.shape[2]
-        used = (column[..., None] == torch.arange(m, device=column.device)).sum(-2)
-        free = self.free_columns[..., :m]
-        return rows & ((used == 1) | (free & (used == 0))).all(-1)

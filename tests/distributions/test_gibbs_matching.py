@@ -243,6 +243,15 @@ def test_chains_have_the_marginals(kind):
     assert abs(d.log_prob(value).item() - exact.item()) <= 0.6
 
 
+def test_long_rings_are_sampled_exactly():
+    """Two matchings of thirteen items that differ in all of them, odds e^2."""
+    n = 13
+    mask = (torch.eye(n) + torch.eye(n).roll(1, 1)).bool()
+    share = GibbsMatching(2 / n * torch.eye(n), mask=mask).sample((4000,))[:, 0, 0]
+    p = torch.tensor(2.0).sigmoid().item()
+    assert abs(share.mean().item() - p) <= SIGMAS * math.sqrt(p * (1 - p) / 4000)
+
+
 def test_a_batch_of_twelve_items():
     """Report 47: what was a vector of n! numbers, or not there."""
     d = GibbsMatching(torch.randn(5, 12, 12))

@@ -473,3 +473,22 @@ def test_a_model_that_leaves_torch_is_not_recorded() -> None:
     S = permutations(3)
     exact = by_enumeration(S, torch.stack([likelihood(P) for P in S]))
     check_marginals(run(model, 1000, replicas=1)["P"], exact)
+
+
+def test_a_batch_of_different_masks() -> None:
+    some = ~torch.eye(3).bool().roll(1, 1)
+    small = torch.tensor([[True, True, False], [True, True, False], [False] * 3])
+    mask = torch.stack([some, torch.ones(3, 3).bool(), small])
+    X = torch.randn(3, 3, 3)
+
+    def model() -> None:
+        with pyro.plate("problems", 3):
+            pyro.sample("P", GibbsMatching(X, mask=mask))
+
+    exact = []
+    for scores, allowed in zip(X, mask, strict=True):
+        size = int(allowed.any(-1).sum())  # the last is padded
+        S = torch.nn.functional.pad(permutations(size), (0, 3 - size, 0, 3 - size))
+        S = S[(allowed | (S == 0)).all(-1).all(-1)]
+        exact.append(by_enumeration(S, (S * scores).sum((-1, -2))))
+    check_marginals(run(model, 1500, replicas=1)["P"], torch.stack(exact))

@@ -40,6 +40,11 @@ def ring(n: int) -> Tensor:
     return torch.eye(n, dtype=torch.bool) | torch.eye(n, dtype=torch.bool).roll(1, 1)
 
 
+def block(n: int) -> Tensor:
+    """A problem of n items among four: the last rows and columns are padding."""
+    return (torch.arange(4) < n) & (torch.arange(4)[:, None] < n)
+
+
 LOGITS = torch.tensor(
     [
         [1.0, -0.5, 0.2, 0.7],
@@ -56,6 +61,7 @@ CASES = {
     "mask 4": lambda: GibbsMatching(LOGITS, mask=BAND),
     "ring 3": lambda: GibbsMatching(LOGITS[:3, :3], mask=ring(3)),
     "ring 4": lambda: GibbsMatching(LOGITS, mask=ring(4)),
+    "padded to 4": lambda: GibbsMatching(LOGITS, mask=block(3)),
     "injection 2x3": lambda: GibbsMatching(LOGITS[:2, :3]),
     "injection 3x4": lambda: GibbsMatching(LOGITS[:3], mask=BAND[:3]),
     "partial 2x2": lambda: GibbsMatching(LOGITS[:2, :2], unmatched=(0.1, -0.2)),
