@@ -325,8 +325,11 @@ class MatchingPosterior:
         index = self._cells().movedim(0, -1)  # (*batch, n, draws)
         weights = self.weights.movedim(0, -1).unsqueeze(-2).expand(index.shape)
         probability = weights.new_zeros(*index.shape[:-1], self.columns + 1)
-        # Rounding of many equal weights: certainty is one, exactly.
-        return probability.scatter_add_(-1, index, weights).clamp(max=1)
+        probability = probability.scatter_add_(-1, index, weights)
+        # Rounding of many equal weights: what is alone is certain, exactly.
+        found = probability > 0
+        certain = found & (found.sum(-1, keepdim=True) == 1)
+        return torch.where(certain, 1.0, probability).clamp(max=1)
 
     def _distinct(self, method: str) -> tuple[Tensor, Tensor, Tensor]:
         """Different matchings by falling probability, and the place of each draw."""

@@ -79,7 +79,11 @@ def posterior_by_enumeration(
 def _check(trace: Any, site: str) -> torch.Size:
     """The batch shape of a site that can be enumerated."""
     node = node_of(trace, site, "model")
-    latent = [name for name in trace.stochastic_nodes if name != site]
+    latent = [
+        name
+        for name, other in _scored(trace)
+        if name != site and not other["is_observed"]
+    ]
     if latent:
         raise ValueError(
             f"to enumerate {site!r} all other sites have to be observed, but {latent} "
@@ -142,7 +146,7 @@ def _of_elements(
             )
         # What is left of the batch has size one, but for the matchings.
         lead = log_prob.shape[: log_prob.dim() - inside]
-        total = total + log_prob.reshape(*lead, *batch)
+        total = total + log_prob.reshape((*lead, *batch))
     return torch.as_tensor(total)
 
 

@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.infer import MCMC
 from pyro.infer.mcmc.api import StreamingMCMC
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -73,8 +74,8 @@ def posterior_from_guide(
     the best matching is right and the probabilities are too cautious.
 
     Args:
-        guide: The guide. It is run twice if its arguments alone decide what the logits
-            of the site are, and for every draw if random sites do.
+        guide: The guide. It is run once, or, if it has other random sites, on which
+            the logits of this one may depend, for every draw.
         site: Name of the permutation site.
         *args: Arguments of the guide.
         num_samples: How many draws, where draws are needed.
@@ -92,14 +93,20 @@ def posterior_from_guide(
     """
 
     def run() -> Any:
-        trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        return innermost(node_of(trace, site, "guide")["fn"])
+        return poutine.trace(guide).get_trace(*args, **kwargs)
 
     with torch.no_grad():
-        d, other = run(), run()
-        if hasattr(d, "logits") and torch.equal(d.logits, other.logits):
+        trace = run()
+        d = innermost(node_of(trace, site, "guide")["fn"])
+        others = [
+            name
+            for name in trace.stochastic_nodes
+            if name != site and not site_is_subsample(trace.nodes[name])
+        ]
+        if not others:
             return posterior_of(d, num_samples)
-        perm = torch.cat([_hard_draws(run(), 1) for _ in range(num_samples)])
+        laws = (innermost(run().nodes[site]["fn"]) for _ in range(num_samples))
+        perm = torch.cat([_hard_draws(law, 1) for law in laws])
     return MatchingPosterior(perm, d.event_shape[-1])
 
 
