@@ -9,14 +9,38 @@ from pyro_permutations.constraints import (
     permutation_matrix,
 )
 from pyro_permutations.distributions import (
+    GibbsMatching,
     GumbelContrasts,
+    GumbelMatching,
     GumbelSinkhorn,
     GumbelSinkhornStraightThrough,
+    UniformPermutation,
     noise_kl,
+)
+from pyro_permutations.infer import (
+    DiscreteKL_ELBO,
+    InformedSwaps,
+    MatchingDraws,
+    Mixing,
+    mixing,
+    posterior_by_enumeration,
+    posterior_from_guide,
+    posterior_from_mcmc,
+    posterior_of,
+    relax,
 )
 from pyro_permutations.link_count import link_count_prior
 from pyro_permutations.matching import matching, to_indices, to_matrix
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.permanents import (
+    bethe_log_permanent,
+    calibrated_entropy,
+    calibrated_log_permanent,
+    log_permanent,
+    sinkhorn_log_permanent,
+)
+from pyro_permutations.plot import plot_marginals
+from pyro_permutations.posterior import Candidate, MatchingPosterior, Matchings
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
 from pyro_permutations.transforms import (
     BirkhoffTransform,
@@ -29,24 +53,46 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BirkhoffTransform",
+    "Candidate",
     "ContrastsTransform",
     "ConvergenceWarning",
+    "DiscreteKL_ELBO",
+    "GibbsMatching",
     "GumbelContrasts",
+    "GumbelMatching",
     "GumbelSinkhorn",
     "GumbelSinkhornStraightThrough",
+    "InformedSwaps",
     "LostLogWarning",
+    "MatchingDraws",
     "MatchingGraph",
+    "MatchingPosterior",
+    "Matchings",
+    "Mixing",
     "SinkhornTransform",
+    "UniformPermutation",
+    "bethe_log_permanent",
+    "calibrated_entropy",
+    "calibrated_log_permanent",
     "contrasts",
     "doubly_stochastic",
     "link_count_prior",
     "log_of",
+    "log_permanent",
     "log_sinkhorn",
     "matching",
     "matching_graph",
+    "mixing",
     "noise_kl",
     "permutation_matrix",
+    "plot_marginals",
+    "posterior_by_enumeration",
+    "posterior_from_guide",
+    "posterior_from_mcmc",
+    "posterior_of",
+    "relax",
     "sinkhorn",
+    "sinkhorn_log_permanent",
     "slack_of",
     "to_indices",
     "to_matrix",

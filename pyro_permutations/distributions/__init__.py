@@ -2,7 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributions over permutations and their relaxations."""
 
+from pyro_permutations.distributions.gibbs_matching import (
+    GibbsMatching,
+    UniformPermutation,
+)
 from pyro_permutations.distributions.gumbel_contrasts import GumbelContrasts
+from pyro_permutations.distributions.gumbel_matching import GumbelMatching
 from pyro_permutations.distributions.gumbel_sinkhorn import (
     GumbelSinkhorn,
     GumbelSinkhornStraightThrough,
@@ -10,8 +15,11 @@ from pyro_permutations.distributions.gumbel_sinkhorn import (
 from pyro_permutations.distributions.noise_kl import noise_kl
 
 __all__ = [
+    "GibbsMatching",
     "GumbelContrasts",
+    "GumbelMatching",
     "GumbelSinkhorn",
     "GumbelSinkhornStraightThrough",
+    "UniformPermutation",
     "noise_kl",
 ]
