@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="InformedSwaps on the worm.")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument(
-        "--anneal", type=float, default=0.02, help="first beta; 1: none"
+        "--anneal", type=float, default=0.1, help="first beta; 1: none"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a quarter of the neurons")
