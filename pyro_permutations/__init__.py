@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributions over permutations and matchings for Pyro."""
 
+from pyro_permutations import metrics
 from pyro_permutations.carried_log import log_of, slack_of
 from pyro_permutations.constraints import (
     contrasts,
@@ -17,6 +18,8 @@ from pyro_permutations.distributions import (
 from pyro_permutations.link_count import link_count_prior
 from pyro_permutations.matching import matching, to_indices, to_matrix
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.nn import SinkhornNetwork
+from pyro_permutations.restore import restore
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
 from pyro_permutations.transforms import (
     BirkhoffTransform,
@@ -36,6 +39,7 @@ __all__ = [
     "GumbelSinkhornStraightThrough",
     "LostLogWarning",
     "MatchingGraph",
+    "SinkhornNetwork",
     "SinkhornTransform",
     "contrasts",
     "doubly_stochastic",
@@ -44,8 +48,10 @@ __all__ = [
     "log_sinkhorn",
     "matching",
     "matching_graph",
+    "metrics",
     "noise_kl",
     "permutation_matrix",
+    "restore",
     "sinkhorn",
     "slack_of",
     "to_indices",

@@ -27,6 +27,7 @@ LAYERS = [
     ("resistor_network", NUMERICS),
     ("spanning_trees", NUMERICS),
     ("matching", NUMERICS),
+    ("restore", NUMERICS),
     ("kernel_newton", NUMERICS),
     ("kernel_scaling", NUMERICS),
     ("sinkhorn_solvers", NUMERICS),
