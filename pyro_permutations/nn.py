@@ -30,9 +30,16 @@ class SinkhornNetwork(nn.Module):
     In training P is the converged Sinkhorn operator, doubly stochastic and with a
     gradient to the weights; with ``noise`` it is a draw of Gumbel-Sinkhorn. In
     evaluation it is the exact best matching of the scores without noise, a permutation
-    matrix that carries no gradient. ``temperature`` is an attribute: assign to it to
-    lower it as training goes on. The lower it is, the nearer P is to a permutation and
-    the smaller the gradient of what is already decided.
+    matrix that carries no gradient.
+
+    ``temperature`` is an attribute: assign to it to lower it as training goes on. The
+    lower it is, the nearer P is to a permutation, and the smaller the gradient of what
+    is decided. With two items and :math:`c = X_{11} + X_{22} - X_{12} - X_{21}` it is
+    :math:`P_{11} = \sigma(c / 2 \tau)`, whose derivative by a score is
+    :math:`P_{11} (1 - P_{11}) / 2 \tau`: at most :math:`1 / 8 \tau`, and about
+    :math:`e^{-c / 2 \tau} / 2 \tau` once it is decided. If all entries of P are within
+    1e-6 of 0 and 1 the network hardly learns any more: raise the temperature, or take
+    noise, under which some draws are always undecided.
 
     Args:
         f: A module from items ``(k, *item_shape)`` to scores ``(k, n)``: a
