@@ -182,15 +182,15 @@ def test_spectra_are_put_in_order_up_to_reversal() -> None:
     """Shuffled features of spectra, ordered by smoothness: ten problems.
 
     A density of rough orders first rewards what differs for being far apart, which has
-    few local optima; at the end only neighbours count. Of four guides for each problem
+    few local optima; at the end only neighbours count. Of two guides for each problem
     the one with the smoothest order is taken.
     """
-    n, problems, restarts = 20, 10, 4
+    n, problems, restarts = 20, 10, 2
     place = torch.arange(n) / n
     centre = 1.6 * torch.rand(problems, 40, 1, 4) - 0.3  # 40 spectra of four lines
     height, width = torch.rand(2, problems, 40, 1, 4)
     lines = height * torch.exp(
-        -0.5 * ((place[:, None] - centre) / (0.1 + 0.15 * width)) ** 2
+        -0.5 * ((place[:, None] - centre) / (0.15 + 0.15 * width)) ** 2
     )
     spectra = lines.sum(-1).mT  # (problems, n, 40)
     truth = torch.rand(problems, n).argsort(-1)
@@ -208,10 +208,10 @@ def test_spectra_are_put_in_order_up_to_reversal() -> None:
         if done >= 0.5:
             near = torch.exp(-((apart / (2 if done < 0.75 else 1)) ** 2) / 2)
             near = near - torch.eye(n)
-        return lambda P: -100 * roughness(P, near)
+        return lambda P: -300 * roughness(P, near)
 
     shape = torch.Size((restarts, problems, n, n))
-    logits = infer(shape, factor, 120, (1.0, 0.3))
+    logits = infer(shape, factor, 120, (2.0, 0.3))
     orders = matching(logits)
     best = roughness(orders, neighbours).argmin(0)
     each = torch.arange(problems)
