@@ -118,6 +118,13 @@ def _both(
             f"estimate and truth are permutations of {found.shape[-1]} and of "
             f"{true.shape[-1]} items."
         )
+    try:
+        torch.broadcast_shapes(found.shape, true.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"the batch of estimate, {tuple(found.shape[:-1])}, does not broadcast "
+            f"with that of truth, {tuple(true.shape[:-1])}."
+        ) from None
     dtype = torch.get_default_dtype()
     for P in (truth, estimate):
         dtype = P.dtype if P.is_floating_point() else dtype

@@ -126,7 +126,7 @@ class SinkhornNetwork(nn.Module):
         x: Tensor,  # (*batch, n, *item_shape)
     ) -> Tensor:  # (*batch, n, n)
         """A doubly stochastic matrix in training, a permutation matrix after it."""
-        scores = self.scores(x)
+        scores = noisy = self.scores(x)
         if not self.training:
             return matching(scores)
         if self.noise:
@@ -134,8 +134,8 @@ class SinkhornNetwork(nn.Module):
             wide = torch.promote_types(scores.dtype, torch.float32)
             waits = torch.empty_like(scores, dtype=wide).exponential_()
             tiny = torch.finfo(wide).tiny
-            scores = scores - self.noise * waits.clamp_min(tiny).log()
-        return sinkhorn(scores, self.temperature)
+            noisy = scores - self.noise * waits.clamp_min(tiny).log()
+        return sinkhorn(noisy, self.temperature).to(scores.dtype)
 
     def extra_repr(self) -> str:
         """What stands in the representation beside the module."""

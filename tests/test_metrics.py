@@ -117,5 +117,7 @@ def test_what_is_no_permutation_is_refused() -> None:
                 metric(bad, truth)
     with pytest.raises(ValueError, match="4 and of 3 items"):
         metrics.any_wrong(torch.arange(4), truth)
+    with pytest.raises(ValueError, match="broadcast"):
+        metrics.any_wrong(truth.expand(2, 3), truth.expand(4, 3))
     with pytest.raises(ValueError, match="shape"):
         metrics.l1(truth, truth, torch.randn(4))

@@ -210,6 +210,16 @@ def test_noise_is_that_of_gumbel_sinkhorn_and_only_in_training() -> None:
     assert ((found.mean(0) - expected.mean(0)).abs() < SIGMAS * error).all()
 
 
+def test_noise_keeps_the_dtype() -> None:
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ torch.ones(2, 4, dtype=x.dtype)
+
+    for noise in (0.0, 1.0):
+        net = SinkhornNetwork(Half(), noise=noise)
+        assert net(torch.randn(4, 2, dtype=torch.float16)).dtype == torch.float16
+
+
 def test_temperature_may_be_lowered() -> None:
     net = SinkhornNetwork(perceptron(5), 1.0)
     x = torch.randn(5, 2)
