@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How often learned sorting fails, for all sizes and ranges, over seeds.
 
-    python benchmarks/sorting.py --quick    # a minute: fewer seeds, up to n = 15
-    python benchmarks/sorting.py            # ten minutes on an idle core
+    python benchmarks/sorting.py --quick    # fewer seeds, up to n = 15
+    python benchmarks/sorting.py            # 21 minutes on a shared core
 
 Networks and training are those of tutorials/sorting.py, at its default settings: a line
 for every size, and the two perceptrons for n = 10 and 80. A line of the table MISSES if
