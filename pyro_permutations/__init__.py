@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributions over permutations and matchings for Pyro."""
 
+from pyro_permutations import metrics
 from pyro_permutations.carried_log import log_of, slack_of
 from pyro_permutations.constraints import (
     contrasts,
@@ -32,6 +33,7 @@ from pyro_permutations.infer import (
 from pyro_permutations.link_count import link_count_prior
 from pyro_permutations.matching import matching, to_indices, to_matrix
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.nn import SinkhornNetwork
 from pyro_permutations.permanents import (
     bethe_log_permanent,
     calibrated_entropy,
@@ -41,6 +43,7 @@ from pyro_permutations.permanents import (
 )
 from pyro_permutations.plot import plot_marginals
 from pyro_permutations.posterior import Candidate, MatchingPosterior, Matchings
+from pyro_permutations.restore import restore
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
 from pyro_permutations.transforms import (
     BirkhoffTransform,
@@ -69,6 +72,7 @@ __all__ = [
     "MatchingPosterior",
     "Matchings",
     "Mixing",
+    "SinkhornNetwork",
     "SinkhornTransform",
     "UniformPermutation",
     "bethe_log_permanent",
@@ -82,6 +86,7 @@ __all__ = [
     "log_sinkhorn",
     "matching",
     "matching_graph",
+    "metrics",
     "mixing",
     "noise_kl",
     "permutation_matrix",
@@ -91,6 +96,7 @@ __all__ = [
     "posterior_from_mcmc",
     "posterior_of",
     "relax",
+    "restore",
     "sinkhorn",
     "sinkhorn_log_permanent",
     "slack_of",

@@ -28,6 +28,7 @@ LAYERS = [
     ("resistor_network", NUMERICS),
     ("spanning_trees", NUMERICS),
     ("matching", NUMERICS),
+    ("restore", NUMERICS),
     ("kernel_newton", NUMERICS),
     ("kernel_squaring", NUMERICS),
     ("kernel_scaling", NUMERICS),
