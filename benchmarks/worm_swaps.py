@@ -76,9 +76,7 @@ def main() -> None:
     """Fit by SVI, go on by swaps, print a line for each stage."""
     parser = argparse.ArgumentParser(description="InformedSwaps on the worm.")
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument(
-        "--anneal", type=float, default=0.1, help="first beta; 1: none"
-    )
+    parser.add_argument("--anneal", type=float, default=0.1, help="first beta; 1: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a quarter of the neurons")
     args = parser.parse_args()
