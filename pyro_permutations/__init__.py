@@ -22,7 +22,6 @@ from pyro_permutations.infer import (
     DiscreteKL_ELBO,
     InformedSwaps,
     MatchingDraws,
-    Mixing,
     mixing,
     posterior_by_enumeration,
     posterior_from_guide,
@@ -42,7 +41,7 @@ from pyro_permutations.permanents import (
     sinkhorn_log_permanent,
 )
 from pyro_permutations.plot import plot_marginals
-from pyro_permutations.posterior import Candidate, MatchingPosterior, Matchings
+from pyro_permutations.posterior import MatchingPosterior
 from pyro_permutations.restore import restore
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
 from pyro_permutations.transforms import (
@@ -56,7 +55,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BirkhoffTransform",
-    "Candidate",
     "ContrastsTransform",
     "ConvergenceWarning",
     "DiscreteKL_ELBO",
@@ -70,8 +68,6 @@ __all__ = [
     "MatchingDraws",
     "MatchingGraph",
     "MatchingPosterior",
-    "Matchings",
-    "Mixing",
     "SinkhornNetwork",
     "SinkhornTransform",
     "UniformPermutation",
