@@ -28,6 +28,7 @@ def plot_marginals(
     *,
     row_names: Sequence[str] | None = None,
     column_names: Sequence[str] | None = None,
+    like: MatchingPosterior | None = None,
 ) -> Any:
     r"""Draw how likely each pair is, ordered so that the items in doubt stand together.
 
@@ -43,13 +44,16 @@ def plot_marginals(
         row_names: A name for each row; their numbers if not given. Up to 60 rows or
             columns get their names written beside them.
         column_names: A name for each column; their numbers if not given.
+        like: A posterior of the same items that gives the order instead, so that
+            pictures of several can be compared.
 
     Returns:
         The axes; ``axes.figure.savefig(path)`` writes the picture, and
         ``axes.figure.colorbar(axes.images[0])`` adds a scale.
 
     Raises:
-        ValueError: If the posterior has a batch, or names are not as many as items.
+        ValueError: If a posterior has a batch, if names are not as many as items, or
+            if ``like`` is of other numbers of them.
         ModuleNotFoundError: Without matplotlib.
 
     References:
@@ -62,17 +66,18 @@ def plot_marginals(
         >>> [label.get_text() for label in axes.get_yticklabels()]
         ['b', 'c', 'a']
     """
-    if posterior.batch_shape:
-        raise ValueError(
-            f"a picture is of one matching, but the posterior has batch shape "
-            f"{tuple(posterior.batch_shape)}: select one, as in posterior[0]."
-        )
-    probability = posterior.marginals()[0].cpu()
+    probability = _marginals(posterior)
     n, m = probability.shape[0], posterior.columns
     rows = _names(row_names, n, "row_names")
     columns = [*_names(column_names, m, "column_names"), "unmatched"]
-    by_column = _column_order(probability[:, :m])
-    by_row = _row_order(posterior.best.cpu(), by_column)
+    first = posterior if like is None else like
+    if first.perm.shape[-1] != n or first.columns != m:
+        raise ValueError(
+            f"like must be of {n} rows and {m} columns as the posterior is, got "
+            f"{first.perm.shape[-1]} and {first.columns}."
+        )
+    by_column = _column_order(_marginals(first)[:, :m])
+    by_row = _row_order(first.best.cpu(), by_column)
     shown = [*by_column.tolist(), *([m] if (probability[:, m] > 0).any() else [])]
 
     if axes is None:
@@ -86,6 +91,15 @@ def plot_marginals(
     if len(shown) <= _LEGIBLE:
         axes.set_xticks(range(len(shown)), [columns[j] for j in shown], rotation=90)
     return axes
+
+
+def _marginals(posterior: MatchingPosterior) -> Tensor:  # (n, m + 1)
+    if posterior.batch_shape:
+        raise ValueError(
+            f"a picture is of one matching, but the posterior has batch shape "
+            f"{tuple(posterior.batch_shape)}: select one, as in posterior[0]."
+        )
+    return posterior.marginals()[0].cpu()
 
 
 def _names(names: Sequence[str] | None, count: int, argument: str) -> list[str]:

@@ -38,6 +38,20 @@ def test_pairs_in_doubt_are_blocks_on_the_diagonal() -> None:
     torch.testing.assert_close(picture.double(), expected.double())
 
 
+def test_the_order_of_another_posterior() -> None:
+    posterior, _ = shuffled_blocks()
+    other = MatchingPosterior(posterior.mode.flip(0)[None])
+    axes = plot_marginals(other, like=posterior)
+    labels = [label.get_text() for label in plot_marginals(posterior).get_yticklabels()]
+    assert [label.get_text() for label in axes.get_yticklabels()] == labels
+    picture = torch.as_tensor(axes.images[0].get_array().data)
+    for i, j in (picture == 1).nonzero().tolist():
+        column = int(axes.get_xticklabels()[j].get_text())
+        assert other.mode[int(labels[i])] == column
+    with pytest.raises(ValueError, match="like must be of 6 rows and 6 columns"):
+        plot_marginals(posterior, like=MatchingPosterior(torch.arange(3)[None]))
+
+
 def test_names_stand_at_their_items() -> None:
     posterior, _ = shuffled_blocks()
     axes = plot_marginals(posterior, row_names="abcdef", column_names="uvwxyz")
