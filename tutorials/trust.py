@@ -23,7 +23,7 @@ and, because there are only 5040, by enumeration: the truth that they are judged
 
     python tutorials/trust.py
 
-Expected, in about half a minute: relaxed SVI spreads the probabilities of doubtful cells
+Expected, in half a minute: relaxed SVI spreads the probabilities of doubtful cells
 over too many names, by about .2 in total variation of their marginals; discrete-KL SVI
 is off by .05 (.04 to .08 with other seeds and --smoke), informed swaps by their Monte
 Carlo error, .003.
