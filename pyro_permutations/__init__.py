@@ -15,6 +15,9 @@ from pyro_permutations.distributions import (
     GumbelMatching,
     GumbelSinkhorn,
     GumbelSinkhornStraightThrough,
+    PlackettLuce,
+    PlackettLuceIndices,
+    RelaxedPlackettLuce,
     UniformPermutation,
     noise_kl,
 )
@@ -42,6 +45,7 @@ from pyro_permutations.permanents import (
 )
 from pyro_permutations.plot import plot_marginals
 from pyro_permutations.posterior import MatchingPosterior
+from pyro_permutations.ranking_transform import RankingTransform, soft_ranking
 from pyro_permutations.restore import restore
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
 from pyro_permutations.transforms import (
@@ -68,6 +72,10 @@ __all__ = [
     "MatchingDraws",
     "MatchingGraph",
     "MatchingPosterior",
+    "PlackettLuce",
+    "PlackettLuceIndices",
+    "RankingTransform",
+    "RelaxedPlackettLuce",
     "SinkhornNetwork",
     "SinkhornTransform",
     "UniformPermutation",
@@ -96,6 +104,7 @@ __all__ = [
     "sinkhorn",
     "sinkhorn_log_permanent",
     "slack_of",
+    "soft_ranking",
     "to_indices",
     "to_matrix",
 ]
