@@ -212,7 +212,8 @@ class RankingTransform(Transform):
 
     def _lead(self, shape: torch.Size) -> torch.Size:
         tau = torch.as_tensor(self.birkhoff.temperature)
-        return torch.broadcast_shapes(shape, tau.shape)
+        lead: torch.Size = torch.broadcast_shapes(shape, tau.shape)
+        return lead
 
 
 def _positions(graph: MatchingGraph) -> Tensor:  # (k,) float64

@@ -57,9 +57,10 @@ class PlackettLuce(TorchDistribution):
     ``log_prob`` is exact. There is no ``rsample``: a gradient goes through ``log_prob``
     (the score function), or through :class:`RelaxedPlackettLuce`. With this in the
     guide the model's prior has to be a distribution over permutations as well, such as
-    ``PlackettLuce(torch.zeros(n))`` or ``UniformPermutation(n)``, the uniform one. Then ``Trace_ELBO`` is unbiased,
-    best with many vectorized particles, and ``TraceEnum_ELBO`` is exact for a handful
-    of items, with ``infer={"enumerate": "parallel"}`` at the guide's site.
+    ``PlackettLuce(torch.zeros(n))`` or ``UniformPermutation(n)``, the uniform one. Then
+    ``Trace_ELBO`` is unbiased, best with many vectorized particles, and
+    ``TraceEnum_ELBO`` is exact for a handful of items, with ``infer={"enumerate":
+    "parallel"}`` at the guide's site.
 
     Args:
         logits: Log weights x of shape ``(*batch, n)``.
