@@ -140,7 +140,9 @@ def test_extreme_logits_are_finite() -> None:
     logits = torch.tensor([800.0, -800.0, 0.0], requires_grad=True)
     d = PlackettLuceIndices(logits)
     log_p = d.log_prob(torch.tensor([1, 2, 0]))
-    assert abs(float(log_p.detach()) + 2400) < 1e-9  # -1600 and -800 are lost to the first
+    assert (
+        abs(float(log_p.detach()) + 2400) < 1e-9
+    )  # -1600 and -800 are lost to the first
     log_p.backward()
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
@@ -462,22 +464,21 @@ def test_relaxed_shapes_pickle_and_constraint() -> None:
 
 def test_relaxed_svi_with_a_relaxed_prior_finds_the_order() -> None:
     pyro.set_rng_seed(0)
-    x = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    seen = x[[2, 0, 3, 1]]
+    # Each item was ranked near its place: scores fall with the distance from it.
+    order = torch.tensor([2, 0, 3, 1])
+    distance = (torch.arange(4)[:, None] - order.argsort()).abs()
 
-    # From a cold start the first order that is found stays: the temperature falls.
-    def model(temperature: float) -> None:
-        P = pyro.sample("P", RelaxedPlackettLuce(torch.zeros(4), temperature))
-        pyro.sample("y", dist.Normal(P @ x, 0.5).to_event(1), obs=seen)
+    def model() -> None:
+        P = pyro.sample("P", RelaxedPlackettLuce(torch.zeros(4), 0.3))
+        pyro.factor("seen", -3 * (P * distance).sum((-2, -1)))
 
-    def guide(temperature: float) -> None:
+    def guide() -> None:
         logits = pyro.param("logits", torch.zeros(4))
-        pyro.sample("P", RelaxedPlackettLuce(logits, temperature))
+        pyro.sample("P", RelaxedPlackettLuce(logits, 0.3))
 
     elbo = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=0)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), elbo)
-    losses = [svi.step(max(0.2, 2 * 0.99**t)) for t in range(300)]
+    losses = [svi.step() for _ in range(200)]
     assert all(map(math.isfinite, losses))
-    # Rank r is held by the item that was seen there.
-    found = RelaxedPlackettLuce(pyro.param("logits").detach(), 0.2).mode
-    assert torch.equal(to_indices(found), torch.tensor([2, 0, 3, 1]))
+    found = RelaxedPlackettLuce(pyro.param("logits").detach(), 0.3).mode
+    assert torch.equal(to_indices(found), order)
