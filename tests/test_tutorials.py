@@ -53,8 +53,8 @@ def ranking(output: str) -> None:
         (number,) = re.findall(rf"^{name} +([\d.]+) ", output, flags=re.MULTILINE)
         return float(number)
 
-    # Seeds 0 to 4, short runs: relaxed .22 to .31, discrete KL .05 to .08, Plackett-Luce
-    # .06 to .08.
+    # Seeds 0 to 4, short runs: relaxed .22 to .31, discrete KL .05 to .08,
+    # Plackett-Luce .06 to .08.
     assert variation("exact") == 0
     assert variation("Gumbel-Sinkhorn, relaxed") > 0.15
     assert variation("Gumbel-Sinkhorn, discrete KL") < 0.15
