@@ -9,8 +9,10 @@ __all__ = ["Mixing", "mixing"]
 from typing import NamedTuple
 
 import torch
-from pyro.ops.stats import autocovariance, split_gelman_rubin
+from pyro.ops.stats import split_gelman_rubin
 from torch import Tensor
+
+from pyro_permutations.effective_draws import effective_draws
 
 
 class Mixing(NamedTuple):
@@ -40,10 +42,10 @@ def mixing(
         ValueError: If there are fewer than four samples, or no chain dimension.
 
     References:
-        Gelman et al., "Bayesian data analysis" (2013), section 11.4. The numbers are
-        those of ``pyro.ops.stats``, entry by entry: for all entries at once, as in
-        ``MCMC.diagnostics()``, its effective sample size is NaN as soon as one of them
-        is constant, and takes memory quadratic in the number of samples.
+        Gelman et al., "Bayesian data analysis" (2013), section 11.4. R-hat is that of
+        ``pyro.ops.stats``, entry by entry. Effective sizes are of chains split in half,
+        as R-hat is; in ``MCMC.diagnostics()`` they are NaN as soon as one entry is
+        constant, and take memory quadratic in the number of samples.
 
     Example:
         >>> samples = torch.eye(3)[torch.rand(2, 100, 3).argsort(-1)]
@@ -68,7 +70,7 @@ def mixing(
     size = torch.full_like(r_hat, torch.inf)
     if changes.any():
         r_hat[changes] = split_gelman_rubin(chosen)
-        parts = map(_effective_size, chosen.split(16, -1))
+        parts = map(effective_draws, chosen.split(16, -1))  # to keep the memory small
         size[changes] = torch.cat(list(parts), -1)
         stuck = changes & ~r_hat.isfinite()
         r_hat[stuck], size[stuck] = torch.inf, 0.0
@@ -78,22 +80,3 @@ def mixing(
         torch.where(moves, size.amin(-1), torch.nan),
         (~changes).sum(-1),
     )
-
-
-def _effective_size(
-    x: Tensor,  # (chains, samples, k)
-) -> Tensor:  # (k,)
-    """Geyer's initial monotone sequence, as in ``pyro.ops.stats``."""
-    chains, count = x.shape[:2]
-    within = x.var(1).mean(0)
-    total = within * (count - 1) / count
-    if chains > 1:
-        total = total + x.mean(1).var(0)
-    else:  # so that these are the autocorrelations of the one chain
-        within = total
-    correlation = (total - within + autocovariance(x, dim=1).mean(0)) / total
-    correlation[0] = 1.0
-    pairs = correlation[: count // 2 * 2].unflatten(0, (-1, 2)).sum(1)
-    monotone = pairs[1:].clamp_min(0).cummin(0).values.sum(0)
-    size: Tensor = chains * count / (-1 + 2 * pairs[0] + 2 * monotone)
-    return size
