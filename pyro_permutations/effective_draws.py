@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["effective_counts", "effective_draws"]
+__all__ = ["effective_counts", "effective_draws", "frequency_error"]
 
 import torch
 from torch import Tensor
@@ -92,6 +92,21 @@ def effective_counts(
         size[row[some], place[some]] = effective_draws(hits.double())
     least = size.amin()
     return torch.where(size.isinf(), least if least.isfinite() else 2.0 * chains, size)
+
+
+def frequency_error(
+    frequency: Tensor,
+    size: Tensor | float,  # number of independent draws, inf if it is exact
+) -> Tensor:
+    """Standard error of a frequency among so many draws, and half a one each way.
+
+    So what was never or always drawn has an error, too, about .7 over the number.
+    """
+    size = torch.as_tensor(size, dtype=frequency.dtype, device=frequency.device)
+    if bool(size.isinf().all()):
+        return torch.zeros_like(frequency)
+    p = (frequency * size + 0.5) / (size + 1)
+    return (p * (1 - p) / size).sqrt()
 
 
 def _autocovariance(x: Tensor) -> Tensor:  # (chains, size, *shape), of mean zero

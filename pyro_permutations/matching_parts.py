@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Part", "falls_apart", "flattened", "parts", "put", "take"]
+__all__ = ["Part", "falls_apart", "flattened", "parts", "put", "take", "undecided"]
 
 import math
 from functools import lru_cache
@@ -86,6 +86,15 @@ def decided(graph: MatchingGraph) -> Tensor:  # (*batch, N, M)
     if graph.has_slack:
         cells[..., -1, -1] = False
     return cells
+
+
+def undecided(graph: MatchingGraph) -> Tensor:  # (*batch, n, m + 1)
+    """Pairs that some matchings have and some do not; the last column is no partner."""
+    n, m = graph.shape
+    open_cells = graph.cells & ~decided(graph)
+    pairs = open_cells[..., :n, :m]
+    alone = graph.slack_cells()[0] & pairs.any(-1)
+    return torch.cat([pairs, alone[..., None]], -1)
 
 
 def flattened(

@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_permutations project.
 # SPDX-License-Identifier: Apache-2.0
-"""Building what is remembered outside of the modes and traces of who asks first."""
+"""Modes, traces and transforms of torch: what may be looked at, and what is kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-__all__ = ["outside"]
+from torch import Tensor
+
+__all__ = ["holds", "outside"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,3 +31,11 @@ def outside(build: Callable[P, T]) -> Callable[P, T]:
             return pool.submit(build, *args, **kwargs).result()
 
     return call
+
+
+def holds(condition: Tensor) -> bool:
+    """Whether a condition holds everywhere; True where no value may be looked at."""
+    try:
+        return bool(condition.all())
+    except RuntimeError:  # under torch.func.vmap
+        return True

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_permutations.effective_draws import effective_counts
+from pyro_permutations.effective_draws import effective_counts, frequency_error
 from pyro_permutations.matching import matching, to_indices, to_matrix
 
 # Numbers that are in memory at a time.
@@ -172,7 +172,7 @@ class MatchingPosterior:
         The last column is how likely a row is unmatched, so that rows sum to one.
         """
         probability = self._probability()
-        error = _error(probability, self._independent_draws(probability))
+        error = frequency_error(probability, self._independent_draws(probability))
         return probability.to(self.dtype), error.to(self.dtype)
 
     @property
@@ -276,7 +276,7 @@ class MatchingPosterior:
             size = torch.full_like(size, torch.inf)
         elif self.chains is not None:
             size = effective_counts(rank.reshape(self.chains, -1, 1), len(perm))[0]
-        error = _error(probability, size)
+        error = frequency_error(probability, size)
         return Matchings(perm, probability.to(self.dtype), error.to(self.dtype))
 
     def credible_matchings(self, mass: float = 0.9) -> Matchings:
@@ -383,14 +383,6 @@ def _normalised(
             "matching of the batch; log weights need a softmax over the draws."
         )
     return (double / total).expand(shape)
-
-
-def _error(frequency: Tensor, size: Tensor) -> Tensor:
-    """Standard error of a frequency among so many draws, and half a one each way."""
-    if bool(size.isinf().all()):
-        return torch.zeros_like(frequency)
-    p = (frequency * size + 0.5) / (size + 1)
-    return (p * (1 - p) / size).sqrt()
 
 
 def _smallest_set(probability: Tensor, mass: float) -> Tensor:  # (*batch, k) -> bool

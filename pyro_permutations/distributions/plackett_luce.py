@@ -21,8 +21,9 @@ from torch.distributions.constraints import (
 )
 from torch.nn.functional import pad
 
-from pyro_permutations.constraints import holds, permutation_matrix
+from pyro_permutations.constraints import permutation_matrix
 from pyro_permutations.matching_graph import matching_graph
+from pyro_permutations.outside import holds
 from pyro_permutations.ranking_probability import (
     rank_marginals,
     ranking_log_probability,

@@ -19,13 +19,13 @@ from torch.distributions.constraints import (
     real,
 )
 
-from pyro_permutations.constraints import holds
 from pyro_permutations.distributions.gumbel_contrasts import GumbelContrasts
 from pyro_permutations.distributions.plackett_luce import (
     PlackettLuce,
     check_ranking_arguments,
 )
 from pyro_permutations.matching_graph import matching_graph
+from pyro_permutations.outside import holds
 from pyro_permutations.ranking_transform import RankingTransform
 from pyro_permutations.transforms import ContrastsTransform, as_temperature
 

@@ -14,7 +14,8 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_permutations.infer.posteriors import innermost, is_enumerable, node_of
+from pyro_permutations.infer.permutation_sites import innermost
+from pyro_permutations.infer.posteriors import is_enumerable, node_of
 from pyro_permutations.matching import to_indices
 from pyro_permutations.posterior import MatchingPosterior
 
@@ -90,11 +91,11 @@ def _check(trace: Any, site: str) -> torch.Size:
             "are latent: pyro.condition(model, data=...) on values of them."
         )
     d, batch = innermost(node["fn"]), torch.Size(node["fn"].batch_shape)
-    if not is_enumerable(d):
+    if not is_enumerable(d) or len(node["fn"].event_shape) != 2:
         raise ValueError(
             f"site {site!r} must have a discrete prior over one matching of at most 8 "
             f"items, such as UniformPermutation, got {type(d).__name__} of shape "
-            f"{tuple(d.event_shape)}."
+            f"{tuple(node['fn'].event_shape)}."
         )
     frames = {f.name: f.dim for f in node["cond_indep_stack"] if f.vectorized}
     for k, size in enumerate(reversed(batch), 1):

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.infer import MCMC
 from pyro.infer.mcmc.api import StreamingMCMC
 from pyro.poutine.util import site_is_subsample
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_permutations.distributions import GumbelSinkhorn
+from pyro_permutations.infer.permutation_sites import innermost
 from pyro_permutations.matching import matching, to_indices
 from pyro_permutations.posterior import MatchingPosterior
 
@@ -149,13 +149,6 @@ def node_of(trace: Any, site: str, what: str) -> dict[str, Any]:
         raise ValueError(f"the {what} has no site {site!r}; it samples {found}.")
     node: dict[str, Any] = trace.nodes[site]
     return node
-
-
-def innermost(d: Any) -> Any:
-    """The distribution without what plates and masks wrap it in."""
-    while isinstance(d, ExpandedDistribution | MaskedDistribution):
-        d = d.base_dist
-    return d
 
 
 def is_enumerable(d: Any) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro.ops.stats import split_gelman_rubin
 
-from pyro_permutations import mixing, to_matrix
+from pyro_permutations import MatchingPosterior, mixing, to_indices, to_matrix
 from pyro_permutations.effective_draws import effective_draws
 
 SAME = 1e-9  # the same number by two routes, relative
@@ -39,6 +39,23 @@ def test_the_worst_entry_of_each_row(chains: int) -> None:
     assert found.r_hat[3].isnan()
     assert found.effective_size[3].isnan()
     assert found.constant.tolist() == [1, 1, 1, 4]
+
+
+def test_a_posterior_of_chains_is_its_samples() -> None:
+    samples = sticky_chains(2, 40, 4)
+    perm = to_indices(samples)
+    found = mixing(MatchingPosterior(perm.flatten(0, 1), chains=2))
+    for one, other in zip(found, mixing(samples), strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+    with pytest.raises(ValueError, match="Markov chains"):
+        mixing(MatchingPosterior(perm.flatten(0, 1)))
+
+
+def test_a_chain_that_alternates_has_no_negative_size() -> None:
+    perm = torch.tensor([[0, 1], [1, 0]]).repeat(50, 1)
+    found = mixing(to_matrix(perm)[None])
+    assert (found.effective_size > 0).all()
+    assert (found.effective_size <= 100).all()
 
 
 def test_chains_that_are_stuck_apart() -> None:
