@@ -218,7 +218,7 @@ class GibbsMatching(TorchDistribution):
         return is_exact(self.graph)
 
     def entropy(self) -> Tensor:  # (*batch,)
-        """In nats; exact for up to 12 items; calibrated, with one derivative, beyond."""
+        """In nats; exact for up to 12 items, beyond calibrated, with one derivative."""
         scores = self._scores.double()
         score = (scores * marginals(scores, self.graph)).sum((-2, -1))
         entropy = log_partition(scores, self.graph) - score
