@@ -12,11 +12,15 @@ from pyro_permutations.distributions import (
     GumbelContrasts,
     GumbelSinkhorn,
     GumbelSinkhornStraightThrough,
+    PlackettLuce,
+    PlackettLuceIndices,
+    RelaxedPlackettLuce,
     noise_kl,
 )
 from pyro_permutations.link_count import link_count_prior
 from pyro_permutations.matching import matching, to_indices, to_matrix
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.ranking_transform import RankingTransform, soft_ranking
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
 from pyro_permutations.transforms import (
     BirkhoffTransform,
@@ -36,6 +40,10 @@ __all__ = [
     "GumbelSinkhornStraightThrough",
     "LostLogWarning",
     "MatchingGraph",
+    "PlackettLuce",
+    "PlackettLuceIndices",
+    "RankingTransform",
+    "RelaxedPlackettLuce",
     "SinkhornTransform",
     "contrasts",
     "doubly_stochastic",
@@ -48,6 +56,7 @@ __all__ = [
     "permutation_matrix",
     "sinkhorn",
     "slack_of",
+    "soft_ranking",
     "to_indices",
     "to_matrix",
 ]
