@@ -37,6 +37,7 @@ def test_every_tutorial_is_listed() -> None:
     assert {path.name for path in TUTORIALS.glob("*.py")} == {
         *CHECKS,
         "record_linkage.py",
+        "sorting.py",
     }
 
 
@@ -91,3 +92,27 @@ def test_record_linkage(capsys: pytest.CaptureFixture[str]) -> None:
         torch.testing.assert_close(case["best"], right)
         assert case["guide"][0, 1] > 0.7  # .85 and more
     assert "greedy links a1-b1\n" in output
+
+
+def test_sorting(capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(TUTORIALS / "sorting.py"))
+    results = script["main"](["--smoke"])
+    output = capsys.readouterr().out
+    # Two seeds, seven ranges, 200 lists of 5 numbers each. Of random orders 119 in 120
+    # are wrong, and tau is 0; a hundredth of the lists would be far from that.
+    assert results["any wrong"].shape == (2, 7)
+    assert results["any wrong"].max() == results["wrong"].max() == 0
+    assert results["tau"].min() == 1
+    assert results["l1"].max() == results["l2"].max() == 0
+    assert "seeds without an error on any range: 2 of 2" in output
+    assert output.count("2 of 2") == 8
+    for low, high in script["RANGES"]:
+        (row,) = re.findall(rf"^U\({low}, {high}\) .*$", output, flags=re.MULTILINE)
+        assert row.split()[-8] == "0.000"
+    # The slopes are what has been learned: sorted, so that any range is.
+    slopes = script["fit"]("line", 5, seed=2).f.weight.squeeze(-1)
+    assert (slopes.diff() > 0).all()
+    # The other networks start; they need more steps than this to be right.
+    for network in ("perceptron", "standardised"):
+        model = script["fit"](network, 5, seed=0, steps=5)
+        assert script["score"](model, 5, lists=10, seed=0)["tau"].shape == (7,)

@@ -2,7 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributions over permutations and their relaxations."""
 
+from pyro_permutations.distributions.gibbs_matching import (
+    GibbsMatching,
+    UniformPermutation,
+)
 from pyro_permutations.distributions.gumbel_contrasts import GumbelContrasts
+from pyro_permutations.distributions.gumbel_matching import GumbelMatching
 from pyro_permutations.distributions.gumbel_sinkhorn import (
     GumbelSinkhorn,
     GumbelSinkhornStraightThrough,
@@ -13,11 +18,14 @@ from pyro_permutations.distributions.plackett_luce_indices import PlackettLuceIn
 from pyro_permutations.distributions.relaxed_plackett_luce import RelaxedPlackettLuce
 
 __all__ = [
+    "GibbsMatching",
     "GumbelContrasts",
+    "GumbelMatching",
     "GumbelSinkhorn",
     "GumbelSinkhornStraightThrough",
     "PlackettLuce",
     "PlackettLuceIndices",
     "RelaxedPlackettLuce",
+    "UniformPermutation",
     "noise_kl",
 ]

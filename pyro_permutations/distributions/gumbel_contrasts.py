@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions.constraints import dependent_property, independent, real
 
 from pyro_permutations.constraints import contrasts, holds
+from pyro_permutations.matching import matching
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
 from pyro_permutations.shift_integral import log_shift_integral
 from pyro_permutations.unmatched_scores import Unmatched, relative_scores
@@ -149,6 +150,25 @@ class GumbelContrasts(TorchDistribution):
     def _log_density(self, value: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.logits.double() - value.double()
         return log_shift_integral(scores, self.graph, samples=self.density_samples)
+
+    def hard_frequencies(
+        self, num_samples: int
+    ) -> tuple[Tensor, Tensor]:  # (*batch, n, m + 1), (*batch, n, m + 1)
+        """How often the best matching of noisy scores has each pair; standard errors.
+
+        The last column is how often a row is unmatched.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+        total: Tensor | float = 0.0
+        for start in range(0, num_samples, 64):  # to keep the memory small
+            size = torch.Size((min(64, num_samples - start),))
+            scores = self._noisy_scores(size).detach()
+            total = total + matching(scores, mask=self.graph).sum(0)
+        pairs = torch.as_tensor(total / num_samples).to(self.logits.dtype)
+        alone = (1 - pairs.sum(-1, keepdim=True)).clamp_min(0)
+        frequency = torch.cat([pairs, alone], -1)
+        return frequency, (frequency * (1 - frequency) / num_samples).sqrt()
 
     @classmethod
     def infer_shapes(  # type: ignore[override]

@@ -197,17 +197,7 @@ class GumbelSinkhorn(TransformedDistribution):
         draws are the best matchings of noisy scores, the limit of low temperature; they
         are not draws of the probabilities exp<X, P>.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
-        total: Tensor | float = 0.0
-        for start in range(0, num_samples, 64):  # to keep the memory small
-            size = torch.Size((min(64, num_samples - start),))
-            scores = self.base_dist._noisy_scores(size).detach()
-            total = total + matching(scores, mask=self.graph).sum(0)
-        pairs = torch.as_tensor(total / num_samples).to(self.logits.dtype)
-        alone = (1 - pairs.sum(-1, keepdim=True)).clamp_min(0)
-        frequency = torch.cat([pairs, alone], -1)
-        return frequency, (frequency * (1 - frequency) / num_samples).sqrt()
+        return self.base_dist.hard_frequencies(num_samples)  # type: ignore[no-any-return]
 
     @property
     def mean(self) -> Tensor:

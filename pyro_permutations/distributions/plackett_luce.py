@@ -93,7 +93,6 @@ class PlackettLuce(TorchDistribution):
     """
 
     arg_constraints = {"logits": independent(real, 1)}  # noqa: RUF012
-    has_enumerate_support = True
     _validate_args: bool
 
     def __init__(
@@ -110,6 +109,11 @@ class PlackettLuce(TorchDistribution):
         # Checked above, in one pass, and for empty batches too.
         super().__init__(logits.shape[:-1], event_shape, validate_args=False)
         self._validate_args = validate
+
+    @property
+    def has_enumerate_support(self) -> bool:
+        """Whether there are at most 40320 rankings, those of 8 items."""
+        return number_of_rankings(self._n, self.top) <= _MOST_RANKINGS
 
     @dependent_property(is_discrete=True, event_dim=2)
     def support(self) -> Constraint:
@@ -145,12 +149,14 @@ class PlackettLuce(TorchDistribution):
 
         The last column is how likely a rank is empty, which only those of a short list
         are. Exact up to 64 items, with errors of zero; frequencies in samples beyond.
+        No gradient flows into them.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
         exact = self._n <= _MOST_ITEMS
         if exact:
-            found = rank_marginals(self.logits, self.top).to(self.logits.dtype)
+            found = rank_marginals(self.logits.detach(), self.top)
+            found = found.to(self.logits.dtype)
         else:
             total: Tensor | float = 0.0
             for start in range(0, num_samples, 64):  # to keep the memory small
@@ -290,7 +296,7 @@ class PlackettLuce(TorchDistribution):
         items = there[0].nonzero() if len(there) else torch.arange(self._n)
         items = items.flatten().to(self.logits.device)
         ranks = min(self.top, len(items))
-        if number_of_rankings(len(items), ranks) > _MOST_RANKINGS:
+        if not self.has_enumerate_support:
             raise NotImplementedError(
                 _TOO_MANY.format(what, f"{_MOST_RANKINGS} rankings")
             )

@@ -1,0 +1,172 @@
+# Copyright Contributors to the pyro_permutations project.
+# SPDX-License-Identifier: Apache-2.0
+"""The exact posterior over the matchings of a few items, from all of them."""
+
+from __future__ import annotations
+
+__all__ = ["posterior_by_enumeration"]
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_permutations.infer.posteriors import innermost, is_enumerable, node_of
+from pyro_permutations.matching import to_indices
+from pyro_permutations.posterior import MatchingPosterior
+
+# Numbers that a chunk of the matchings holds.
+_CHUNK = 2**20
+
+
+def posterior_by_enumeration(
+    model: Callable[..., Any], site: str, *args: Any, **kwargs: Any
+) -> MatchingPosterior:
+    r"""Compute the exact posterior of a discrete site from all its matchings.
+
+    .. math:: \Pr(P \mid y) = \frac{p(P, y)}{\sum_{P'} p(P', y)}
+
+    The model is run with the site conditioned on each of up to 8! matchings: on many at
+    a time, in a dimension to the left of its plates, if that agrees with four that are
+    done one by one, and else on one by one. A site in plates has a posterior for each
+    of their elements, if all else is in those plates, too.
+
+    Args:
+        model: The model. All other sites have to be observed: ``pyro.condition`` the
+            model on values of them.
+        site: Name of the site; its prior is discrete and of at most 8 items, such as
+            ``UniformPermutation``.
+        *args: Arguments of the model.
+        **kwargs: Keyword arguments of the model.
+
+    Raises:
+        ValueError: If other sites are latent, if the site is relaxed, of too many items
+            or in a batch that is not a plate, if other sites are not in its plates, or
+            if no matching is possible.
+    """
+    with torch.no_grad():
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+        batch = _check(trace, site)
+        d = innermost(trace.nodes[site]["fn"])
+        support = d.enumerate_support()  # (k, *batch of d, n, m)
+        lead = (1,) * (len(batch) - len(d.batch_shape))
+        support = support.reshape(len(support), *lead, *support.shape[1:])
+        support = support.expand(-1, *batch, -1, -1)
+
+        def run(P: Tensor) -> Any:
+            conditioned = poutine.condition(model, data={site: P})
+            result = poutine.trace(conditioned).get_trace(*args, **kwargs)
+            result.compute_log_prob()
+            return result
+
+        trace.compute_log_prob()
+        log_joint = _at_once(run, support, batch, _depth(trace))
+        if log_joint is None:
+            log_joint = torch.stack([_of_elements(run(P), batch) for P in support])
+    if not (log_joint.amax(0).isfinite().all()):
+        raise ValueError(
+            f"the log joint density of the model has to be a number for some value of "
+            f"{site!r}, and -inf or a number for all; got NaN, +inf or only -inf."
+        )
+    return MatchingPosterior(
+        to_indices(support), support.shape[-1], weights=log_joint.softmax(0), exact=True
+    )
+
+
+def _check(trace: Any, site: str) -> torch.Size:
+    """The batch shape of a site that can be enumerated."""
+    node = node_of(trace, site, "model")
+    latent = [
+        name
+        for name, other in _scored(trace)
+        if name != site and not other["is_observed"]
+    ]
+    if latent:
+        raise ValueError(
+            f"to enumerate {site!r} all other sites have to be observed, but {latent} "
+            "are latent: pyro.condition(model, data=...) on values of them."
+        )
+    d, batch = innermost(node["fn"]), torch.Size(node["fn"].batch_shape)
+    if not is_enumerable(d):
+        raise ValueError(
+            f"site {site!r} must have a discrete prior over one matching of at most 8 "
+            f"items, such as UniformPermutation, got {type(d).__name__} of shape "
+            f"{tuple(d.event_shape)}."
+        )
+    frames = {f.name: f.dim for f in node["cond_indep_stack"] if f.vectorized}
+    for k, size in enumerate(reversed(batch), 1):
+        if size > 1 and -k not in frames.values():
+            raise ValueError(
+                f"site {site!r} has batch shape {tuple(batch)}, of which dimension "
+                f"{-k} is no plate; declare one, or the elements may depend on another."
+            )
+    for name, other in _scored(trace):
+        missing = frames.keys() - {f.name for f in other["cond_indep_stack"]}
+        if missing:
+            raise ValueError(
+                f"site {name!r} is outside of {sorted(missing)}, a plate of {site!r}, "
+                "and may tie its elements together. Enumerate one of them."
+            )
+    return batch
+
+
+def _scored(trace: Any) -> list[tuple[str, dict[str, Any]]]:
+    nodes = trace.nodes.items()
+    return [
+        (name, node)
+        for name, node in nodes
+        if node["type"] == "sample" and not site_is_subsample(node)
+    ]
+
+
+def _depth(trace: Any) -> int:
+    """Dimensions that plates or batches have taken."""
+    return max(int(node["log_prob"].dim()) for _, node in _scored(trace))
+
+
+def _of_elements(
+    trace: Any, batch: torch.Size, depth: int | None = None
+) -> Tensor:  # (*batch), or (k, *batch) with the k at this depth
+    """Log joint density of each element of the batch: all else is summed."""
+    total: Tensor | float = 0.0
+    for name, node in _scored(trace):
+        log_prob = node["log_prob"]
+        inside = log_prob.dim() if depth is None else min(log_prob.dim(), depth)
+        for k in range(1, inside + 1):
+            if k > len(batch) or batch[-k] == 1:
+                log_prob = log_prob.sum(-k, keepdim=True)
+        shape = log_prob.shape[log_prob.dim() - inside :][-len(batch) :]
+        if len(batch) and (1,) * (len(batch) - len(shape)) + tuple(shape) != batch:
+            raise ValueError(
+                f"site {name!r} has log probabilities of shape {tuple(shape)} in "
+                f"plates of shape {tuple(batch)}: one for each element is needed."
+            )
+        # What is left of the batch has size one, but for the matchings.
+        lead = log_prob.shape[: log_prob.dim() - inside]
+        total = total + log_prob.reshape((*lead, *batch))
+    return torch.as_tensor(total)
+
+
+def _at_once(
+    run: Callable[[Tensor], Any], support: Tensor, batch: torch.Size, depth: int
+) -> Tensor | None:  # (k, *batch)
+    """The log joint densities with the matchings in a dimension, if the model can."""
+    gap = (1,) * (depth - len(batch))
+    step = max(1, _CHUNK // support[0].numel())
+    parts = []
+    try:
+        for some in support.split(step):
+            P = some.reshape(len(some), *gap, *some.shape[1:])
+            part = _of_elements(run(P), batch, depth)
+            parts.append(part.expand(len(some), *batch))
+        log_joint = torch.cat(parts)
+        for k in {0, len(support) // 3, 2 * len(support) // 3, len(support) - 1}:
+            alone = _of_elements(run(support[k]), batch)
+            close = torch.finfo(alone.dtype).eps ** 0.5
+            torch.testing.assert_close(log_joint[k], alone, rtol=close, atol=close)
+    except (RuntimeError, ValueError, IndexError, AssertionError):
+        return None  # it was written for one matching
+    return log_joint

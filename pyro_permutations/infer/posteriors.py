@@ -1,0 +1,186 @@
+# Copyright Contributors to the pyro_permutations project.
+# SPDX-License-Identifier: Apache-2.0
+"""The posterior over matchings from a distribution, from a guide and from MCMC."""
+
+from __future__ import annotations
+
+__all__ = [
+    "posterior_from_guide",
+    "posterior_from_mcmc",
+    "posterior_of",
+]
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
+from pyro.infer import MCMC
+from pyro.infer.mcmc.api import StreamingMCMC
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_permutations.distributions import GumbelSinkhorn
+from pyro_permutations.matching import matching, to_indices
+from pyro_permutations.posterior import MatchingPosterior
+
+# Numbers that are in memory at a time.
+_CHUNK = 2**22
+
+
+def posterior_of(
+    distribution: Distribution, num_samples: int = 1000
+) -> MatchingPosterior:
+    """Read a distribution over matchings, or a relaxed one, as a posterior.
+
+    Of ``GumbelSinkhorn`` these are hard draws, the best matchings of its noisy logits,
+    as its ``marginals`` counts them; the temperature has no say in them. They are not
+    draws of the probabilities exp<X, P>. Those are what ``GibbsMatching`` gives, all of
+    them and exact for up to 8 items, and draws beyond.
+
+    Args:
+        distribution: ``GumbelSinkhorn``, or a distribution of permutation matrices.
+        num_samples: How many draws, where draws are needed.
+
+    Raises:
+        ValueError: If it is neither.
+
+    Example:
+        >>> d = GumbelSinkhorn(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), 0.5)
+        >>> posterior_of(d, 1000)
+        MatchingPosterior(1000 draws of 2 x 2)
+    """
+    d = innermost(distribution)
+    if not isinstance(d, GumbelSinkhorn) and is_enumerable(d):
+        support = d.enumerate_support()
+        weights = d.log_prob(support).detach().softmax(0)
+        perm, columns = to_indices(support), support.shape[-1]
+        return MatchingPosterior(perm, columns, weights=weights, exact=True)
+    return MatchingPosterior(_hard_draws(d, num_samples), d.event_shape[-1])
+
+
+def posterior_from_guide(
+    guide: Callable[..., Any],
+    site: str,
+    *args: Any,
+    num_samples: int = 1000,
+    **kwargs: Any,
+) -> MatchingPosterior:
+    """Read the posterior of a site off a fitted guide, as :func:`posterior_of` does.
+
+    It is what the guide says, and not necessarily true: after SVI on a relaxed model
+    the best matching is right and the probabilities are too cautious.
+
+    Args:
+        guide: The guide. It is run once, or, if it has other random sites, on which
+            the logits of this one may depend, for every draw.
+        site: Name of the permutation site.
+        *args: Arguments of the guide.
+        num_samples: How many draws, where draws are needed.
+        **kwargs: Keyword arguments of the guide.
+
+    Raises:
+        ValueError: If the guide has no such site, or one of another kind.
+
+    Example:
+        >>> def guide():
+        ...     logits = pyro.param("logits", torch.zeros(3, 3))
+        ...     pyro.sample("P", GumbelSinkhorn(logits, 0.5))
+        >>> posterior_from_guide(guide, "P").marginals()[0].shape
+        torch.Size([3, 4])
+    """
+
+    def run() -> Any:
+        return poutine.trace(guide).get_trace(*args, **kwargs)
+
+    with torch.no_grad():
+        trace = run()
+        d = innermost(node_of(trace, site, "guide")["fn"])
+        others = [
+            name
+            for name in trace.stochastic_nodes
+            if name != site and not site_is_subsample(trace.nodes[name])
+        ]
+        if not others:
+            return posterior_of(d, num_samples)
+        laws = (innermost(run().nodes[site]["fn"]) for _ in range(num_samples))
+        perm = torch.cat([_hard_draws(law, 1) for law in laws])
+    return MatchingPosterior(perm, d.event_shape[-1])
+
+
+def posterior_from_mcmc(mcmc: MCMC | StreamingMCMC, site: str) -> MatchingPosterior:
+    """Collect the draws of a permutation site of a finished MCMC run.
+
+    The errors of the result take account of the correlation within chains and of the
+    differences between them.
+
+    Args:
+        mcmc: ``pyro.infer.MCMC``, or ``StreamingMCMC`` with :class:`MatchingDraws` as
+            the statistic of the site, after ``run``.
+        site: Name of the permutation site.
+
+    Raises:
+        ValueError: If the run has no such site, its values are not matchings, or there
+            are fewer than four draws.
+    """
+    if isinstance(mcmc, StreamingMCMC):
+        kept = mcmc.get_statistics(group_by_chain=False).get(site, {})
+        if "perm" not in kept:
+            raise ValueError(
+                f"site {site!r} needs MatchingDraws as its statistic, statistics="
+                f"StatsOfDict({{(chain, {site!r}): MatchingDraws for chain in "
+                f"range({mcmc.num_chains})}}), but has {sorted(kept) or 'none'}."
+            )
+        perm, columns = kept["perm"], kept["columns"]
+    else:
+        samples = mcmc.get_samples(group_by_chain=True)
+        if site not in samples:
+            raise ValueError(f"the run has sites {sorted(samples)}, and not {site!r}.")
+        perm, columns = to_indices(samples[site]), samples[site].shape[-1]
+    return MatchingPosterior(perm.flatten(0, 1), columns, chains=len(perm))
+
+
+def node_of(trace: Any, site: str, what: str) -> dict[str, Any]:
+    """The site of a trace, or a ValueError that says which there are."""
+    if site not in trace.nodes:
+        found = [*trace.stochastic_nodes]
+        raise ValueError(f"the {what} has no site {site!r}; it samples {found}.")
+    node: dict[str, Any] = trace.nodes[site]
+    return node
+
+
+def innermost(d: Any) -> Any:
+    """The distribution without what plates and masks wrap it in."""
+    while isinstance(d, ExpandedDistribution | MaskedDistribution):
+        d = d.base_dist
+    return d
+
+
+def is_enumerable(d: Any) -> bool:
+    """Whether it is a discrete distribution of few matchings."""
+    support = getattr(d, "support", None)
+    discrete = bool(getattr(support, "is_discrete", False))
+    return discrete and len(d.event_shape) == 2 and bool(d.has_enumerate_support)
+
+
+def _hard_draws(d: Any, num_samples: int) -> Tensor:  # (num_samples, *batch, n) long
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    step = max(1, _CHUNK // max(1, d.batch_shape.numel() * d.event_shape.numel()))
+    draws = []
+    for start in range(0, num_samples, step):
+        size = torch.Size((min(step, num_samples - start),))
+        if isinstance(d, GumbelSinkhorn):
+            noisy = d.base_dist._noisy_scores(size).detach()
+            draws.append(to_indices(matching(noisy, mask=d.graph)))
+        elif d.support.is_discrete and len(d.event_shape) == 2:
+            draws.append(to_indices(d.sample(size)))
+        else:
+            raise ValueError(
+                "expected GumbelSinkhorn or a distribution of permutation matrices, "
+                f"got {type(d).__name__}. Soft draws P of another distribution are "
+                "hard ones after matching: MatchingPosterior(to_indices(matching(P)))."
+            )
+    return torch.cat(draws)

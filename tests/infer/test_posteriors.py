@@ -1,0 +1,262 @@
+# Copyright Contributors to the pyro_permutations project.
+# SPDX-License-Identifier: Apache-2.0
+"""Posteriors from guides, MCMC and enumeration, against laws listed by hand."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import permutations
+from pyro.infer import MCMC
+from pyro.infer.mcmc.api import StreamingMCMC
+from pyro.ops.streaming import StatsOfDict
+from torch import Tensor
+
+from pyro_permutations import (
+    GibbsMatching,
+    GumbelSinkhorn,
+    InformedSwaps,
+    MatchingDraws,
+    UniformPermutation,
+    posterior_by_enumeration,
+    posterior_from_guide,
+    posterior_from_mcmc,
+    posterior_of,
+    to_indices,
+)
+
+SIGMAS = 4  # standard errors that count as chance
+ROUNDING = 1e-10  # of log joint densities of up to a few hundred nats in float64
+
+
+def noisy_points(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    x = torch.randn(n, 2)
+    return x, x[torch.randperm(n)] + 0.5 * torch.randn(n, 2)
+
+
+def matching_model(x: Tensor, y: Tensor) -> None:
+    P = pyro.sample("P", UniformPermutation(len(x)))
+    pyro.sample("y", dist.Normal(P @ x, 0.5).to_event(2), obs=y)
+
+
+def law(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """All matchings, and their posterior probabilities, without Pyro."""
+    P = permutations(len(x))
+    score = -(y - P @ x).square().sum((-2, -1)) / (2 * 0.5**2)
+    return P, score.softmax(0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_enumeration_is_bayes_rule(n: int) -> None:
+    x, y = noisy_points(n)
+    P, weights = law(x, y)
+    posterior = posterior_by_enumeration(matching_model, "P", x, y)
+    probability, error = posterior.marginals()
+    expected = (weights[:, None, None] * P).sum(0)
+    torch.testing.assert_close(probability[:, :-1], expected, atol=ROUNDING, rtol=0)
+    assert (error == 0).all()
+    torch.testing.assert_close(posterior.mode, to_indices(P[weights.argmax()]))
+
+
+def test_a_model_for_one_matching_at_a_time_is_enumerated_too() -> None:
+    x, y = noisy_points(4)
+
+    def model() -> None:
+        P = pyro.sample("P", UniformPermutation(4))
+        assert P.shape == (4, 4)
+        pyro.sample("y", dist.Normal(P @ x, 0.5).to_event(2), obs=y)
+
+    expected = posterior_by_enumeration(matching_model, "P", x, y).marginals()[0]
+    probability = posterior_by_enumeration(model, "P").marginals()[0]
+    torch.testing.assert_close(probability, expected, atol=ROUNDING, rtol=0)
+
+
+def test_a_model_that_mixes_up_the_matchings_is_run_one_by_one() -> None:
+    # Its density sums over whatever is to the left: right for one matching alone.
+    scores = torch.randn(3, 3)
+
+    def model() -> None:
+        P = pyro.sample("P", UniformPermutation(3))
+        pyro.factor("score", (P * scores).sum())
+
+    P = permutations(3)
+    expected = ((P * scores).sum((-2, -1)).softmax(0)[:, None, None] * P).sum(0)
+    probability = posterior_by_enumeration(model, "P").marginals()[0][:, :-1]
+    torch.testing.assert_close(probability, expected, atol=ROUNDING, rtol=0)
+
+
+def test_a_plate_has_a_posterior_for_each_element_and_its_mask() -> None:
+    torch.manual_seed(1)
+    x, y = torch.randn(3, 4, 2), torch.randn(3, 4, 2)
+    mask = torch.ones(3, 4, 4, dtype=torch.bool)
+    mask[1, 0, 1:] = mask[1, 1:, 0] = False  # a known pair
+
+    def model() -> None:
+        with pyro.plate("problems", 3):
+            P = pyro.sample("P", UniformPermutation(4, mask=mask))
+            pyro.sample("y", dist.Normal(P @ x, 0.5).to_event(2), obs=y)
+
+    posterior = posterior_by_enumeration(model, "P")
+    assert posterior.batch_shape == (3,)
+    for k in range(3):
+        P, weights = law(x[k], y[k])
+        weights = weights * (P * ~mask[k]).sum((-2, -1)).eq(0)
+        weights = weights / weights.sum()
+        expected = (weights[:, None, None] * P).sum(0)
+        probability = posterior[k].marginals()[0][:, :-1]
+        torch.testing.assert_close(probability, expected, atol=ROUNDING, rtol=0)
+    assert posterior[1].marginals()[0][0, 0] == 1
+
+
+def test_what_cannot_be_enumerated_says_why() -> None:
+    x, y = noisy_points(3)
+
+    def latent() -> None:
+        pyro.sample("scale", dist.Exponential(1.0))
+        matching_model(x, y)
+
+    def relaxed() -> None:
+        pyro.sample("P", GumbelSinkhorn(torch.zeros(3, 3), 0.5))
+
+    def tied() -> None:
+        with pyro.plate("two", 2):
+            P = pyro.sample("P", UniformPermutation(3))
+        pyro.factor("tie", (P[0] * P[1]).sum())
+
+    def long() -> None:
+        pyro.sample("P", UniformPermutation(9))
+
+    with pytest.raises(ValueError, match=r"\['scale'\] are latent: pyro.condition"):
+        posterior_by_enumeration(latent, "P")
+    with pytest.raises(ValueError, match=r"discrete prior .* got GumbelSinkhorn"):
+        posterior_by_enumeration(relaxed, "P")
+    with pytest.raises(ValueError, match="outside of"):
+        posterior_by_enumeration(tied, "P")
+    with pytest.raises(ValueError, match="at most 8 items"):
+        posterior_by_enumeration(long, "P")
+    with pytest.raises(ValueError, match="no site 'Q'"):
+        posterior_by_enumeration(latent, "Q")
+
+
+def test_a_gibbs_law_of_few_items_is_exact() -> None:
+    scores = torch.randn(4, 4)
+    d = GibbsMatching(scores)
+    posterior = posterior_of(d)
+    assert posterior.exact
+    torch.testing.assert_close(posterior.marginals()[0], d.marginals()[0])
+    value, _ = posterior.entropy()
+    torch.testing.assert_close(value, d.entropy())
+
+
+def test_draws_of_a_relaxed_law_are_its_hard_draws() -> None:
+    # Of two items the hard draw is the identity with the probability that a difference
+    # of sums of two Gumbels, a logistic plus a logistic, exceeds minus the contrast;
+    # the temperature has no say. At 0 that is a half, and here .8185 by quadrature.
+    odds = 3.0
+    t = torch.linspace(-60, 60, 2_000_001)
+    density = torch.exp(-torch.nn.functional.softplus(t) * 2 + t)  # logistic
+    expected = torch.trapezoid(density * torch.sigmoid(odds - t), t)
+    logits = torch.tensor([[odds, 0.0], [0.0, 0.0]])
+    draws = 20_000
+    for temperature in (0.1, 2.0):
+        posterior = posterior_of(GumbelSinkhorn(logits, temperature), draws)
+        probability, error = posterior.marginals()
+        assert (probability[0, 0] - expected).abs() < SIGMAS * error[0, 0]
+        plain = (expected * (1 - expected) / draws).sqrt()
+        torch.testing.assert_close(error[0, 0], plain, rtol=0.05, atol=0)
+
+
+def test_a_guide_is_read_as_its_distribution() -> None:
+    logits = torch.randn(5, 5)
+
+    def guide(shift: float) -> None:
+        parameter = pyro.param("logits", logits)
+        pyro.sample("P", GumbelSinkhorn(parameter + shift, 0.5))
+
+    torch.manual_seed(0)
+    expected = posterior_of(GumbelSinkhorn(logits, 0.5), 4000).marginals()
+    found = posterior_from_guide(guide, "P", 0.0, num_samples=4000).marginals()
+    spread = (expected[1] ** 2 + found[1] ** 2).sqrt()
+    assert ((expected[0] - found[0]).abs() < SIGMAS * spread + 1e-12).all()
+    with pytest.raises(ValueError, match="the guide has no site 'Q'"):
+        posterior_from_guide(guide, "Q", 0.0)
+
+
+def test_a_guide_whose_logits_are_random_is_run_for_every_draw() -> None:
+    def guide() -> None:
+        sign = pyro.sample("sign", dist.Bernoulli(0.5)) * 2 - 1
+        pyro.sample("P", GumbelSinkhorn(20 * sign * torch.eye(2), 0.5))
+
+    posterior = posterior_from_guide(guide, "P", num_samples=400)
+    probability, error = posterior.marginals()
+    assert (probability[0, 0] - 0.5).abs() < SIGMAS * error[0, 0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_chains_are_within_their_errors_of_the_truth(streaming: bool) -> None:
+    x, y = noisy_points(4, seed=3)
+    pyro.set_rng_seed(0)
+    kernel, chains, samples = InformedSwaps(matching_model), 2, 1000
+    if streaming:
+        statistics = StatsOfDict({(c, "P"): MatchingDraws for c in range(chains)})
+        mcmc = StreamingMCMC(
+            kernel,
+            num_samples=samples,
+            warmup_steps=100,
+            num_chains=chains,
+            statistics=statistics,
+            disable_progbar=True,
+        )
+    else:
+        mcmc = MCMC(
+            kernel, samples, warmup_steps=100, num_chains=1, disable_progbar=True
+        )
+    mcmc.run(x, y)
+    posterior = posterior_from_mcmc(mcmc, "P")
+    assert posterior.perm.shape == ((chains if streaming else 1) * samples, 4)
+    probability, error = posterior.marginals()
+    expected = posterior_by_enumeration(matching_model, "P", x, y).marginals()[0]
+    assert ((probability - expected).abs() < SIGMAS * error + 1e-12).all()
+    with pytest.raises(ValueError, match="'Q'"):
+        posterior_from_mcmc(mcmc, "Q")
+
+
+def test_known_pairs_are_certain_in_every_draw() -> None:
+    # Report 75: three of fifteen identities are given.
+    mask = torch.ones(15, 15, dtype=torch.bool)
+    for k in (2, 7, 11):
+        mask[k], mask[:, k] = False, False
+        mask[k, k] = True
+    d = GumbelSinkhorn(torch.randn(15, 15), 0.5, mask=mask)
+    probability, _ = posterior_of(d, 300).marginals()
+    assert all(probability[k, k] == 1 for k in (2, 7, 11))
+
+
+def test_each_item_has_a_ranked_list_of_names() -> None:
+    # Report 74: the five best names with probabilities and errors, for n = 15.
+    names = [f"AV{k}" for k in range(15)]
+    posterior = posterior_of(GumbelSinkhorn(torch.randn(15, 15), 0.5), 2000)
+    probability, error = posterior.marginals()
+    lists = posterior.candidates(5, names)
+    assert len(lists) == 15
+    for row, entries in enumerate(lists):
+        assert len(entries) == 5
+        for entry in entries:
+            assert names[entry.column] == entry.name
+            assert entry.probability == probability[row, entry.column]
+            assert entry.error == error[row, entry.column] > 0
+        found = [entry.probability for entry in entries]
+        assert found == sorted(found, reverse=True)
+        assert found[0] == probability[row].max()
+
+
+def test_all_pairs_have_a_probability() -> None:
+    # Report 69: the whole matrix with being unmatched, rows sum to one, with errors.
+    d = GumbelSinkhorn(torch.randn(6, 5), 0.5, unmatched=(0.0, 0.0))
+    probability, error = posterior_of(d, 1000).marginals()
+    assert probability.shape == error.shape == (6, 6)
+    torch.testing.assert_close(probability.sum(-1), torch.ones(6))
+    assert (error > 0).all()
