@@ -55,11 +55,12 @@ class PlackettLuce(TorchDistribution):
     batch: it has no rank, and the last ranks are left empty, rows of zeros.
 
     ``log_prob`` is exact. There is no ``rsample``: a gradient goes through ``log_prob``
-    (the score function), or through :class:`RelaxedPlackettLuce`. With this in the
-    guide the model's prior has to be a distribution over permutations as well, such as
-    ``PlackettLuce(torch.zeros(n))``, the uniform one. Then ``Trace_ELBO`` is unbiased,
-    best with many vectorized particles, and ``TraceEnum_ELBO`` is exact for a handful
-    of items, with ``infer={"enumerate": "parallel"}`` at the guide's site.
+    (the score function), or through :class:`RelaxedPlackettLuce`. In a guide it goes
+    with a discrete prior in the model, ``UniformPermutation(n)``, ``GibbsMatching`` or
+    one of this class, and either ``Trace_ELBO``, whose score-function gradients are
+    unbiased and noisy (use hundreds of vectorized particles), or, for up to 8 items,
+    ``TraceEnum_ELBO``, which sums over all rankings if the site in the guide has
+    ``infer={"enumerate": "parallel"}``. A likelihood need not be differentiable in P.
 
     Args:
         logits: Log weights x of shape ``(*batch, n)``.
@@ -105,15 +106,12 @@ class PlackettLuce(TorchDistribution):
         validate = self._validate_args if validate_args is None else validate_args
         self.top = check_ranking_arguments(logits, top, validate)
         self.logits = logits
+        rankings = number_of_rankings(logits.shape[-1], self.top)
+        self.has_enumerate_support = rankings <= _MOST_RANKINGS
         event_shape = self._event_shape_of(self.top, logits.shape[-1])
         # Checked above, in one pass, and for empty batches too.
         super().__init__(logits.shape[:-1], event_shape, validate_args=False)
         self._validate_args = validate
-
-    @property
-    def has_enumerate_support(self) -> bool:
-        """Whether there are at most 40320 rankings, those of 8 items."""
-        return number_of_rankings(self._n, self.top) <= _MOST_RANKINGS
 
     @dependent_property(is_discrete=True, event_dim=2)
     def support(self) -> Constraint:
@@ -163,7 +161,7 @@ class PlackettLuce(TorchDistribution):
                 perm = self._draw(torch.Size((min(64, num_samples - start),)))
                 total = total + _one_hot(perm, self._n, self.logits.dtype).sum(0)
             found = torch.as_tensor(total / num_samples)
-        empty = (1 - found.sum(-1, keepdim=True)).round()  # it is certain, 0 or 1
+        empty = (1 - found.sum(-1, keepdim=True)).round().abs()  # it is certain
         found = torch.cat([found, empty], -1)
         variance = torch.zeros_like(found) if exact else found * (1 - found)
         return found, (variance / num_samples).sqrt()
@@ -183,7 +181,7 @@ class PlackettLuce(TorchDistribution):
         """Return the distribution with a larger batch."""
         new = self._get_checked_instance(PlackettLuce, _instance)  # type: ignore[no-untyped-call]
         batch_shape = torch.Size(batch_shape)
-        new.top = self.top
+        new.top, new.has_enumerate_support = self.top, self.has_enumerate_support
         new.logits = self.logits.expand(batch_shape + self.logits.shape[-1:])
         super(PlackettLuce, new).__init__(
             batch_shape, self.event_shape, validate_args=False
@@ -231,11 +229,8 @@ class PlackettLuce(TorchDistribution):
         values = self._value(self._all_rankings("support"))
         lead = (1,) * len(self.batch_shape)
         values = values.reshape(len(values), *lead, *self.event_shape)
-        return (
-            values.expand(-1, *self.batch_shape, *self.event_shape)
-            if expand
-            else values
-        )
+        lead = self.batch_shape if expand else lead
+        return values.expand(-1, *lead, *self.event_shape)
 
     @classmethod
     def infer_shapes(  # type: ignore[override]
@@ -257,7 +252,7 @@ class PlackettLuce(TorchDistribution):
         return _one_hot(perm, self._n, self.logits.dtype)
 
     def _indices(self, value: Tensor) -> Tensor:
-        return torch.where((value == 1).any(-1), value.argmax(-1), -1)
+        return torch.where((value == 1).any(-1), (value == 1).long().argmax(-1), -1)
 
     # Rankings as indices, -1 for an empty rank
 
