@@ -197,7 +197,7 @@ class RankingTransform(Transform):
     ) -> Tensor:  # (*lead,)
         """The log of the volume change, with respect to the coordinates."""
         volume = -x.shape[-1] * self.birkhoff._tau(y).log()
-        return volume.to(y.dtype).expand(y.shape[:-2])
+        return volume.to(y.dtype) + y.new_zeros(y.shape[:-2])
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """Shape of P for a shape of the scores."""
