@@ -62,11 +62,6 @@ class RelaxedPlackettLuce(TransformedDistribution):
     with respect to another measure: ratios of the two mean nothing. ``log_prob``
     refuses values that are no soft ranking.
 
-    It suits likelihoods of who comes before whom. An item moves to another rank only
-    past all ranks between: where the likelihood is of an item at a rank, as in a
-    matching, a fit from equal logits can stop at a wrong order that
-    :class:`GumbelSinkhorn` leaves.
-
     Args:
         logits: Log weights x of shape ``(*batch, n)``, finite.
         temperature: Positive; a scalar, or of a shape that broadcasts with the batch.

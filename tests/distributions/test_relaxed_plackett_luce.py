@@ -195,12 +195,12 @@ def test_matrices_off_the_surface_are_refused(dtype, temperature):
 
 
 TAU = 0.5  # of the model; the guide has another
-Y = torch.tensor([2.8, 2.2, 1.0, 0.0], dtype=torch.float64)
+Y = torch.tensor([2.0, 0.0, 1.0, 3.0], dtype=torch.float64)
 
 
 def likelihood(P):
     mean = P @ torch.arange(4.0)
-    return dist.Normal(mean, 1.0).to_event(1)
+    return dist.Normal(mean, 0.5).to_event(1)
 
 
 def model():
@@ -221,11 +221,11 @@ def test_elbos_agree_and_bound_the_evidence():
         losses.append(elbo(num_particles=5).loss(model, guide))
     assert max(losses) - min(losses) < SAME
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
-    for _ in range(150):
+    for _ in range(300):
         svi.step()
     p = RelaxedPlackettLuce(torch.zeros(4), TAU)
     q = RelaxedPlackettLuce(pyro.param("logits").detach(), 0.4)
-    assert pp.to_indices(q.mode).tolist() == [3, 2, 1, 0]
+    assert pp.to_indices(q.mode).tolist() == [2, 0, 1, 3]
     P = p.sample((20_000,))
     evidence = likelihood(P).log_prob(Y).exp()
     P = q.sample((5000,))
@@ -233,7 +233,7 @@ def test_elbos_agree_and_bound_the_evidence():
     weight = log_weight.exp()
     error = (evidence.var() / 20_000 + weight.var() / 5000).sqrt()
     assert (evidence.mean() - weight.mean()).abs() < SIGMAS * error
-    assert error < 0.05 * evidence.mean()  # or the line above says nothing
+    assert error < 0.06 * evidence.mean()  # or the line above says nothing
     assert log_weight.mean() < evidence.mean().log()
 
 
