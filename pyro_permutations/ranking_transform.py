@@ -135,9 +135,9 @@ class RankingTransform(Transform):
         >>> transform = RankingTransform(0.5)
         >>> P = transform(torch.tensor([1.0, -1.0]))  # and zero: the order is 0, 2, 1
         >>> P
-        tensor([[0.853, 0.018, 0.129],
-                [0.129, 0.129, 0.742],
-                [0.018, 0.853, 0.129]])
+        tensor([[0.753, 0.014, 0.233],
+                [0.233, 0.233, 0.534],
+                [0.014, 0.753, 0.233]])
         >>> transform.inv(P)
         tensor([ 1., -1.])
     """
@@ -197,7 +197,7 @@ class RankingTransform(Transform):
     ) -> Tensor:  # (*lead,)
         """The log of the volume change, with respect to the coordinates."""
         volume = -x.shape[-1] * self.birkhoff._tau(y).log()
-        return volume.to(y.dtype).expand(y.shape[:-2])
+        return volume.to(y.dtype) + y.new_zeros(y.shape[:-2])
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """Shape of P for a shape of the scores."""
@@ -212,8 +212,7 @@ class RankingTransform(Transform):
 
     def _lead(self, shape: torch.Size) -> torch.Size:
         tau = torch.as_tensor(self.birkhoff.temperature)
-        lead: torch.Size = torch.broadcast_shapes(shape, tau.shape)
-        return lead
+        return torch.Size(torch.broadcast_shapes(shape, tau.shape))
 
 
 def _positions(graph: MatchingGraph) -> Tensor:  # (k,) float64

@@ -48,6 +48,7 @@ LAYERS = [
     ("fractional_solver", NUMERICS),
     ("fractional_entropy", NUMERICS),
     ("permanents", NUMERICS),
+    ("ranking_probability", NUMERICS),
     ("effective_draws", NUMERICS),
     ("ranking_probability", NUMERICS),
     ("carried_log", NO_PYRO),

@@ -56,12 +56,12 @@ class PlackettLuce(TorchDistribution):
     batch: it has no rank, and the last ranks are left empty, rows of zeros.
 
     ``log_prob`` is exact. There is no ``rsample``: a gradient goes through ``log_prob``
-    (the score function), or through :class:`RelaxedPlackettLuce`. With this in the
-    guide the model's prior has to be a distribution over permutations as well, such as
-    ``PlackettLuce(torch.zeros(n))`` or ``UniformPermutation(n)``, the uniform one. Then
-    ``Trace_ELBO`` is unbiased, best with many vectorized particles, and
-    ``TraceEnum_ELBO`` is exact for a handful of items, with ``infer={"enumerate":
-    "parallel"}`` at the guide's site.
+    (the score function), or through :class:`RelaxedPlackettLuce`. In a guide it goes
+    with a discrete prior in the model, ``UniformPermutation(n)``, ``GibbsMatching`` or
+    one of this class, and either ``Trace_ELBO``, whose score-function gradients are
+    unbiased and noisy (use hundreds of vectorized particles), or, for up to 8 items,
+    ``TraceEnum_ELBO``, which sums over all rankings if the site in the guide has
+    ``infer={"enumerate": "parallel"}``. A likelihood need not be differentiable in P.
 
     Args:
         logits: Log weights x of shape ``(*batch, n)``.
@@ -95,7 +95,6 @@ class PlackettLuce(TorchDistribution):
     """
 
     arg_constraints = {"logits": independent(real, 1)}  # noqa: RUF012
-    has_enumerate_support = True
     _validate_args: bool
 
     def __init__(
@@ -108,6 +107,8 @@ class PlackettLuce(TorchDistribution):
         validate = self._validate_args if validate_args is None else validate_args
         self.top = check_ranking_arguments(logits, top, validate)
         self.logits = logits
+        rankings = number_of_rankings(logits.shape[-1], self.top)
+        self.has_enumerate_support = rankings <= _MOST_RANKINGS
         event_shape = self._event_shape_of(self.top, logits.shape[-1])
         # Checked above, in one pass, and for empty batches too.
         super().__init__(logits.shape[:-1], event_shape, validate_args=False)
@@ -147,19 +148,21 @@ class PlackettLuce(TorchDistribution):
 
         The last column is how likely a rank is empty, which only those of a short list
         are. Exact up to 64 items, with errors of zero; frequencies in samples beyond.
+        No gradient flows into them.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
         exact = self._n <= _MOST_ITEMS
         if exact:
-            found = rank_marginals(self.logits, self.top).to(self.logits.dtype)
+            found = rank_marginals(self.logits.detach(), self.top)
+            found = found.to(self.logits.dtype)
         else:
             total: Tensor | float = 0.0
             for start in range(0, num_samples, 64):  # to keep the memory small
                 perm = self._draw(torch.Size((min(64, num_samples - start),)))
                 total = total + _one_hot(perm, self._n, self.logits.dtype).sum(0)
             found = torch.as_tensor(total / num_samples)
-        empty = (1 - found.sum(-1, keepdim=True)).round()  # it is certain, 0 or 1
+        empty = (1 - found.sum(-1, keepdim=True)).round().abs()  # it is certain
         found = torch.cat([found, empty], -1)
         variance = torch.zeros_like(found) if exact else found * (1 - found)
         return found, (variance / num_samples).sqrt()
@@ -179,7 +182,7 @@ class PlackettLuce(TorchDistribution):
         """Return the distribution with a larger batch."""
         new = self._get_checked_instance(PlackettLuce, _instance)  # type: ignore[no-untyped-call]
         batch_shape = torch.Size(batch_shape)
-        new.top = self.top
+        new.top, new.has_enumerate_support = self.top, self.has_enumerate_support
         new.logits = self.logits.expand(batch_shape + self.logits.shape[-1:])
         super(PlackettLuce, new).__init__(
             batch_shape, self.event_shape, validate_args=False
@@ -227,11 +230,8 @@ class PlackettLuce(TorchDistribution):
         values = self._value(self._all_rankings("support"))
         lead = (1,) * len(self.batch_shape)
         values = values.reshape(len(values), *lead, *self.event_shape)
-        return (
-            values.expand(-1, *self.batch_shape, *self.event_shape)
-            if expand
-            else values
-        )
+        lead = self.batch_shape if expand else lead
+        return values.expand(-1, *lead, *self.event_shape)
 
     @classmethod
     def infer_shapes(  # type: ignore[override]
@@ -253,7 +253,7 @@ class PlackettLuce(TorchDistribution):
         return _one_hot(perm, self._n, self.logits.dtype)
 
     def _indices(self, value: Tensor) -> Tensor:
-        return torch.where((value == 1).any(-1), value.argmax(-1), -1)
+        return torch.where((value == 1).any(-1), (value == 1).long().argmax(-1), -1)
 
     # Rankings as indices, -1 for an empty rank
 
@@ -292,7 +292,7 @@ class PlackettLuce(TorchDistribution):
         items = there[0].nonzero() if len(there) else torch.arange(self._n)
         items = items.flatten().to(self.logits.device)
         ranks = min(self.top, len(items))
-        if number_of_rankings(len(items), ranks) > _MOST_RANKINGS:
+        if not self.has_enumerate_support:
             raise NotImplementedError(
                 _TOO_MANY.format(what, f"{_MOST_RANKINGS} rankings")
             )

@@ -1,484 +1,584 @@
 # Copyright Contributors to the pyro_permutations project.
 # SPDX-License-Identifier: Apache-2.0
-"""Rankings against enumeration, and soft rankings against quadrature and autograd."""
+"""Plackett-Luce rankings, as matrices and as indices, against enumeration."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import pickle
-from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.stats
 import torch
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
-from scipy.stats import chisquare
+from distributions.contract import SIGMAS, DistributionContract
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
-from torch.distributions import biject_to
-from torch.func import vmap
+from torch.autograd import gradcheck, gradgradcheck
 
-from pyro_permutations import (
-    PlackettLuce,
-    PlackettLuceIndices,
-    RankingTransform,
-    RelaxedPlackettLuce,
-    UniformPermutation,
-    soft_ranking,
-    to_indices,
-    to_matrix,
-)
+import pyro_permutations as pp
+from pyro_permutations import PlackettLuce, PlackettLuceIndices, UniformPermutation
+from pyro_permutations.ranking_probability import rank_marginals
 
-SAME = 1e-10  # the same sum in another order, in float64
-SIGMAS = 4  # standard errors that count as chance
-RARE = 6e-5  # the probability of four standard errors, for a chi-square test
+EXACT = 1e-12  # sums of positive terms by two routes
+RARE = 1e-3  # a chi-square test with a fixed seed fails below this
+SCALES = [0.0, 1.0, 5.0, 30.0]  # of logits; at the last most probabilities underflow
 
 
-def by_hand(logits: Tensor, perm: tuple[int, ...]) -> float:
-    """The definition: each rank is drawn from the items that are left."""
-    weight = logits.double().exp().tolist()
-    left, total = set(range(len(weight))), 0.0
-    for item in perm:
-        total += math.log(weight[item]) - math.log(sum(weight[j] for j in left))
+class Rankings(DistributionContract):
+    """The contract for a vector of logits, which has no masks."""
+
+    def params(self, batch, dtype):
+        return {"logits": super().params(batch, dtype)["logits"][..., 0]}
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    def test_bad_logits_are_named(self, bad: float) -> None:
+        logits = self.params((2,), torch.float64)["logits"].clone()
+        logits[1, 0] = bad
+        with pytest.raises(ValueError, match="logits"):
+            self.make((2,), logits=logits)
+
+    def test_logits_of_a_wrong_shape_are_named(self) -> None:
+        for shape in [(), (0,), (2, 0)]:
+            with pytest.raises(ValueError, match=r"logits.*\(\*batch, n\)"):
+                self.make(logits=torch.zeros(shape))
+        with pytest.raises(ValueError, match="logits"):
+            self.make(logits=torch.zeros(3, dtype=torch.long))
+
+    @pytest.mark.parametrize("bad", [0, 4, 2.0, "all"])
+    def test_bad_top_is_named(self, bad) -> None:
+        with pytest.raises(ValueError, match=r"top must be an integer from 1 to 3"):
+            self.make(top=bad)
+
+    def test_bad_density_samples_are_named(self) -> None:
+        """There are none here: densities are exact."""
+        with pytest.raises(TypeError):
+            self.make(density_samples=1)
+
+    def test_bad_masks_are_named(self) -> None:
+        with pytest.raises(TypeError):
+            self.make(mask=torch.ones(3, 3, dtype=torch.bool))
+
+    def test_infeasible_logits_are_named(self) -> None:
+        logits = torch.full((2, 3), -torch.inf)
+        logits[0] = 0.0
+        with pytest.raises(ValueError, match=r"logits.*-inf"):
+            self.make(logits=logits)
+
+    def test_score_is_deterministic(self) -> None:
+        d = self.make((2,))
+        value, state = d.sample(), torch.get_rng_state()
+        assert torch.equal(d.log_prob(value), d.log_prob(value))
+        assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize("name", ["cdf", "icdf"])
+    def test_other_methods_are_unknown_rather_than_wrong(self, name) -> None:
+        d = self.make()
+        with pytest.raises(NotImplementedError):
+            getattr(d, name)(d.sample())
+
+    def test_pickle(self) -> None:
+        for changes in ({}, {"top": 2}):
+            d = self.make((2,), **changes)
+            value = d.rsample()
+            copy = pickle.loads(pickle.dumps(d))
+            assert torch.allclose(copy.log_prob(value), d.log_prob(value))
+            pyro.set_rng_seed(3)
+            expected = d.sample()
+            pyro.set_rng_seed(3)
+            assert torch.equal(copy.sample(), expected)
+
+
+class Drawn(PlackettLuce):
+    """With the name that the contract draws by."""
+
+    def rsample(self, sample_shape=()):
+        return self.sample(sample_shape)
+
+
+class TestPlackettLuce(Rankings):
+    cls = Drawn
+    is_discrete = True
+
+    def outside(self, inside):
+        return (inside + 1) / 4
+
+    def test_every_slice_has_its_own_noise(self) -> None:
+        value = self.make((2,)).expand((3, 2)).sample((40,))
+        perm = pp.to_indices(value).reshape(40, -1)
+        assert len(torch.unique(perm, dim=1).mT) > 1
+        assert len(torch.unique(perm[:, :3], dim=0)) > 3
+
+    def test_gradients_reach_every_parameter(self) -> None:
+        x = self.params((2,), torch.float64)["logits"].requires_grad_()
+        value = self.make((2,)).sample((3,))
+        for check in (gradcheck, gradgradcheck):
+            assert check(lambda x: PlackettLuce(x).log_prob(value), (x,))
+            assert check(lambda x: PlackettLuce(x).entropy(), (x,))
+            assert check(lambda x: PlackettLuce(x, 2).mean, (x,))
+        assert not PlackettLuce(x).sample().requires_grad
+        assert not PlackettLuce(x).marginals()[0].requires_grad
+
+    def test_score_parts(self) -> None:
+        """A score function, as there is no path derivative."""
+        d = self.make()
+        assert not PlackettLuce.has_rsample
+        parts = d.score_parts(d.sample())
+        assert torch.equal(parts.score_function, parts.log_prob)
+        assert parts.entropy_term == 0
+
+    def test_vmap(self) -> None:
+        logits = self.params((5,), torch.float64)["logits"]
+        same = logits[:1].expand(5, -1)
+        draw = torch.func.vmap(
+            lambda x: PlackettLuce(x).sample((8,)), randomness="different"
+        )
+        assert len(torch.unique(pp.to_indices(draw(same)), dim=0)) == 5
+        value = PlackettLuce(logits).sample()
+        score = torch.func.vmap(lambda x, v: PlackettLuce(x).log_prob(v))
+        assert torch.allclose(
+            score(logits, value), PlackettLuce(logits).log_prob(value)
+        )
+
+
+# The law
+
+
+def enumerated(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """All rankings and their log probabilities, one by one from the definition."""
+    perms = torch.tensor(list(itertools.permutations(range(len(logits)))))
+    return perms, torch.stack([by_definition(logits, perm) for perm in perms])
+
+
+def by_definition(logits: Tensor, perm: Tensor) -> Tensor:
+    """The first item is drawn from all, the next from those that are left, ..."""
+    left, total = list(range(len(logits))), torch.zeros(())
+    for item in perm.tolist():
+        total = total + logits[item] - logits[left].logsumexp(0)
         left.remove(item)
     return total
 
 
-def rankings(n: int, k: int | None = None) -> list[tuple[int, ...]]:
-    return list(itertools.permutations(range(n), k or n))
-
-
-def random_logits(*shape: int) -> Tensor:
-    return 1.5 * torch.randn(*shape)
-
-
-# %% Probabilities
-def test_all_24_probabilities_are_right_and_sum_to_one() -> None:
-    # Report 55.
-    d = PlackettLuceIndices(torch.tensor([2.0, 1.0, 0.0, -1.0]))
-    assert abs(float(d.log_prob(torch.arange(4))) + 1.161057) < 1e-6
-    perm = torch.tensor(rankings(4))
-    log_p = d.log_prob(perm)
-    assert abs(float(log_p.exp().sum()) - 1) < 1e-6
-    expected = torch.tensor([by_hand(d.logits, p) for p in rankings(4)])
-    torch.testing.assert_close(log_p, expected, atol=SAME, rtol=0)
-
-
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 1), (4, 2), (5, 3), (5, 5)])
-def test_matrices_and_indices_are_one_law(n: int, k: int) -> None:
-    logits = random_logits(n)
-    matrices, indices = PlackettLuce(logits, k), PlackettLuceIndices(logits, k)
-    perm = torch.tensor(rankings(n, k))
-    P = to_matrix(perm, columns=n)
-    expected = torch.tensor([by_hand(logits, p) for p in rankings(n, k)])
-    torch.testing.assert_close(matrices.log_prob(P), expected, atol=SAME, rtol=0)
-    torch.testing.assert_close(indices.log_prob(perm), expected, atol=SAME, rtol=0)
-    assert torch.equal(matrices.enumerate_support(), P)
-    assert torch.equal(indices.enumerate_support(), perm)
-    entropy = -(expected * expected.exp()).sum()
-    torch.testing.assert_close(matrices.entropy(), entropy, atol=SAME, rtol=0)
-    assert torch.equal(to_indices(matrices.mode), indices.mode)
-    assert abs(float(indices.log_prob(indices.mode) - expected.max())) < SAME
-
-
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_a_partial_ranking_sums_its_completions(k: int) -> None:
-    logits = random_logits(5)
-    whole, part = PlackettLuceIndices(logits), PlackettLuceIndices(logits, k)
-    every = torch.tensor(rankings(5))
-    p = whole.log_prob(every).exp()
-    for first in rankings(5, k):
-        wanted = torch.tensor(first)
-        some = (every[:, :k] == wanted).all(-1)
-        torch.testing.assert_close(
-            part.log_prob(wanted).exp(), p[some].sum(), atol=SAME, rtol=0
-        )
-
-
-@pytest.mark.parametrize(("n", "k"), [(2, 2), (4, 4), (5, 2)])
-def test_marginals_are_those_of_enumeration(n: int, k: int) -> None:
-    logits = random_logits(2, n).requires_grad_()
-    d = PlackettLuce(logits, k)
-    P = to_matrix(torch.tensor(rankings(n, k)), columns=n)
-    p = d.log_prob(P[:, None]).exp()
-    expected = torch.einsum("kb,kri->bri", p, P)
-    torch.testing.assert_close(d.mean, expected, atol=SAME, rtol=0)
-    probability, error = d.marginals()
-    torch.testing.assert_close(probability[..., :-1], expected, atol=SAME, rtol=0)
-    assert (error == 0).all()
-    weight = torch.randn(2, k, n)
-    found = torch.autograd.grad((d.mean * weight).sum(), logits, retain_graph=True)
-    wanted = torch.autograd.grad((expected * weight).sum(), logits)
-    torch.testing.assert_close(found, wanted, atol=SAME, rtol=0)
-
-
-def test_marginals_of_many_items_are_frequencies_within_their_errors() -> None:
-    pyro.set_rng_seed(0)
-    logits = torch.zeros(70)
-    logits[0] = 3.0
-    probability, error = PlackettLuce(logits, 2).marginals(4000)
-    first = math.exp(3) / (math.exp(3) + 69)
-    assert abs(float(probability[0, 0]) - first) < SIGMAS * float(error[0, 0])
-    assert abs(float(error[0, 0]) - math.sqrt(first * (1 - first) / 4000)) < 1e-3
-
-
-@pytest.mark.parametrize(("n", "k"), [(3, 3), (4, 4), (5, 2)])
-def test_samples_follow_the_law(n: int, k: int) -> None:
-    pyro.set_rng_seed(n)
-    logits = 0.7 * torch.randn(n)
-    d = PlackettLuceIndices(logits, k)
-    every = d.enumerate_support()
-    draws = d.sample((20_000,))
-    counts = (draws[:, None] == every).all(-1).sum(0)
-    expected = 20_000 * d.log_prob(every).exp()
-    assert expected.min() > 5  # for chi-square to be right
-    assert chisquare(counts, expected * (20_000 / expected.sum())).pvalue > RARE
-
-
-def test_extreme_logits_are_finite() -> None:
-    logits = torch.tensor([800.0, -800.0, 0.0], requires_grad=True)
-    d = PlackettLuceIndices(logits)
-    log_p = d.log_prob(torch.tensor([1, 2, 0]))
-    assert (
-        abs(float(log_p.detach()) + 2400) < 1e-9
-    )  # -1600 and -800 are lost to the first
-    log_p.backward()
-    assert logits.grad is not None
-    assert logits.grad.isfinite().all()
-    assert PlackettLuce(logits.detach()).mean.isfinite().all()
-
-
-def test_a_missing_item_is_left_out() -> None:
-    logits = torch.tensor([[0.3, -torch.inf, 1.0], [0.0, 0.5, 1.0]], requires_grad=True)
-    d, short = PlackettLuceIndices(logits), PlackettLuceIndices(logits[0, [0, 2]])
-    values = torch.tensor([[2, 0, -1], [1, 2, 0]])
-    log_p = d.log_prob(values)
-    expected = short.log_prob(torch.tensor([1, 0]))
-    torch.testing.assert_close(log_p[0], expected, atol=SAME, rtol=0)
-    (gradient,) = torch.autograd.grad(log_p.sum(), logits)
-    assert gradient[0, 1] == 0
+def test_report_55():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    d, e = PlackettLuce(logits), PlackettLuceIndices(logits)
+    perm = torch.arange(4)
+    assert abs(float(e.log_prob(perm)) + 1.161057) < 5e-7  # as it was reported
+    assert d.log_prob(pp.to_matrix(perm)) == e.log_prob(perm)
+    for law in (d, e):
+        values = law.enumerate_support()
+        assert len(values) == 24
+        assert abs(float(law.log_prob(values).exp().sum()) - 1) < EXACT
+    # Batched, and with lists of different lengths.
+    short = torch.tensor([2.0, 1.0, 0.0, -torch.inf])
+    both = PlackettLuceIndices(torch.stack([logits, short]))
+    value = torch.tensor([[0, 1, 2, 3], [0, 1, 2, -1]])
+    alone = PlackettLuceIndices(short[:3]).log_prob(perm[:3])
+    expected = torch.stack([e.log_prob(perm), alone])
+    assert torch.allclose(both.log_prob(value), expected)
+    # A relaxed sample, with a gradient.
+    logits.requires_grad_()
+    P = pp.RelaxedPlackettLuce(logits, 0.5).rsample()
+    (gradient,) = torch.autograd.grad((P @ torch.arange(4.0)).square().sum(), logits)
     assert gradient.isfinite().all()
-    draws = d.sample((100,))
-    assert (draws[:, 0, 2] == -1).all()
-    assert (draws[:, 0, :2] != 1).all()
-    P = PlackettLuce(logits)
-    assert P.support.check(P.sample((10,))).all()
-    with pytest.raises(NotImplementedError, match="different items"):
-        d.enumerate_support()
+    assert gradient.any()
 
 
-# %% What a distribution has to do
-@pytest.mark.parametrize("cls", [PlackettLuce, PlackettLuceIndices])
-def test_shapes_expansion_and_plates(cls: type[PlackettLuce]) -> None:
-    d = cls(random_logits(2, 4), 3)
-    event = d.event_shape
-    assert event == ((3, 4) if cls is PlackettLuce else (3,))
-    assert d.support.event_dim == len(event)
-    assert d.support.is_discrete
-    assert cls.infer_shapes((2, 4), 3) == ((2,), event)
-    value = d.sample((5,))
-    assert value.shape == (5, 2, *event)
-    assert d.log_prob(value).shape == (5, 2)
-    large = d.expand((6, 2))
-    assert type(large) is cls
-    assert large.sample().shape == (6, 2, *event)
-    assert d.to_event(1).log_prob(d.sample()).shape == ()
-    assert d.mask(torch.tensor([True, False])).log_prob(d.sample())[1] == 0
-    assert d.enumerate_support().shape == (24, 2, *event)
-    assert d.enumerate_support(expand=False).shape == (24, 1, *event)
-    assert cls(torch.zeros(0, 4)).sample().shape[0] == 0
-    copy = pickle.loads(pickle.dumps(d))
-    assert torch.equal(copy.log_prob(value), d.log_prob(value))
-    assert not d.has_rsample
-    with pyro.plate("outer", 6, dim=-2), pyro.plate("inner", 2, dim=-1):
-        assert pyro.sample("P", cls(random_logits(4), 3)).shape == (6, 2, *event)
+@pytest.mark.parametrize("scale", SCALES)
+def test_log_prob_is_that_of_the_definition(scale):
+    logits = scale * torch.randn(5)
+    perms, expected = enumerated(logits)
+    d, e = PlackettLuce(logits), PlackettLuceIndices(logits)
+    assert torch.allclose(e.log_prob(perms), expected, rtol=EXACT, atol=EXACT)
+    assert torch.equal(d.log_prob(pp.to_matrix(perms)), e.log_prob(perms))
+    assert abs(float(expected.exp().sum()) - 1) < EXACT
+    # Shifts of the logits change nothing, and the best ranking is the mode.
+    assert torch.allclose(PlackettLuceIndices(logits + 7).log_prob(perms), expected)
+    assert e.log_prob(e.mode) == e.log_prob(perms).max()
+    assert torch.equal(pp.to_indices(d.mode), e.mode)
+    # Moments.
+    P, weight = pp.to_matrix(perms), expected.exp()
+    mean = (weight[:, None, None] * P).sum(0)
+    assert (d.mean - mean).abs().max() < EXACT
+    assert torch.allclose(d.variance, mean * (1 - mean), atol=EXACT)
+    for law in (d, e):
+        found, error = law.marginals()
+        assert (found[:, :5] - mean).abs().max() < EXACT
+        assert not found[:, 5].any()
+        assert not error.any()
+        entropy = -(weight * expected).sum()
+        assert torch.allclose(law.entropy(), entropy, atol=EXACT)
 
 
-def test_vmap_of_noise_and_score() -> None:
-    logits = random_logits(3, 4)
-
-    def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        d = PlackettLuceIndices(x)
-        value = d.sample()
-        return value, d.log_prob(value)
-
-    value, log_p = vmap(run, randomness="different")(logits)
-    expected = PlackettLuceIndices(logits).log_prob(value)
-    torch.testing.assert_close(log_p, expected, atol=SAME, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: PlackettLuce([1.0, 2.0]), TypeError, "logits must be a tensor"),
-        (
-            lambda: PlackettLuce(torch.tensor([1.0, torch.nan])),
-            ValueError,
-            "not be NaN",
-        ),
-        (lambda: PlackettLuce(torch.zeros(3), 4), ValueError, "from 1 to 3 items"),
-        (
-            lambda: PlackettLuce(torch.full((2,), -torch.inf)),
-            ValueError,
-            "at least one",
-        ),
-        (lambda: PlackettLuce(torch.arange(3)), ValueError, "floating point"),
-        (
-            lambda: PlackettLuce(torch.zeros(3)).log_prob(torch.full((3, 3), 1 / 3)),
-            ValueError,
-            "A relaxed guide needs a relaxed prior",
-        ),
-        (
-            lambda: PlackettLuceIndices(torch.zeros(3)).log_prob(
-                torch.tensor([0, 0, 1])
-            ),
-            ValueError,
-            "distinct items",
-        ),
-        (
-            lambda: PlackettLuceIndices(torch.zeros(3)).log_prob(torch.tensor([0, 1])),
-            ValueError,
-            "expected a value of shape",
-        ),
-        (lambda: PlackettLuce(torch.zeros(9)).entropy(), NotImplementedError, "40320"),
-        (
-            lambda: RelaxedPlackettLuce(torch.zeros(3), 0.0),
-            ValueError,
-            "temperature",
-        ),
-        (
-            lambda: RelaxedPlackettLuce(torch.tensor([0.0, -torch.inf]), 1.0),
-            ValueError,
-            "must be finite",
-        ),
-    ],
-)
-def test_what_is_wrong_is_named(
-    make: Callable[[], object], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        make()
+@pytest.mark.parametrize("top", [1, 2, 4, 5])
+def test_partial_rankings_sum_over_their_completions(top):
+    logits = 2 * torch.randn(5)
+    perms, log_p = enumerated(logits)
+    d, e = PlackettLuce(logits, top), PlackettLuceIndices(logits, top)
+    values = e.enumerate_support()
+    begins = (perms[:, None, :top] == values).all(-1).double()
+    expected = (log_p.exp()[:, None] * begins).sum(0)
+    assert len(values) == math.perm(5, top)
+    assert torch.allclose(e.log_prob(values).exp(), expected, rtol=EXACT)
+    P = d.enumerate_support()
+    assert torch.equal(P, pp.to_matrix(values, columns=5))
+    assert torch.equal(d.log_prob(P), e.log_prob(values))
+    assert (d.mean - (expected[:, None, None] * P).sum(0)).abs().max() < EXACT
+    assert torch.allclose(d.mean, PlackettLuce(logits).mean[:top])
+    assert torch.equal(e.mode, values[expected.argmax()])
+    entropy = -(expected * expected.log()).sum()
+    assert torch.allclose(d.entropy(), entropy, rtol=EXACT)
+    assert torch.allclose(e.entropy(), entropy, rtol=EXACT)
 
 
-def test_values_are_checked_without_validation() -> None:
-    d = PlackettLuce(torch.zeros(3), validate_args=False)
-    with pytest.raises(ValueError, match="not in the support"):
-        d.log_prob(torch.full((3, 3), 1 / 3))
-
-
-# %% In Pyro
-def footrule_model(seen: Tensor, prior: Callable[[], dist.Distribution]) -> None:
-    """Items prefer places, in a likelihood that is linear in P."""
-    P = pyro.sample("P", prior())
-    pyro.factor("seen", (P * seen).sum((-2, -1)))
-
-
-@pytest.mark.parametrize(
-    "prior", [lambda: UniformPermutation(3), lambda: PlackettLuce(torch.zeros(3))]
-)
-def test_an_enumerated_guide_has_the_exact_bound(
-    prior: Callable[[], dist.Distribution],
-) -> None:
-    seen, logits = random_logits(3, 3), random_logits(3)
-
-    @config_enumerate
-    def guide(seen: Tensor, prior: object) -> None:
-        pyro.sample("P", PlackettLuce(logits))
-
-    loss = TraceEnum_ELBO(max_plate_nesting=0).loss(footrule_model, guide, seen, prior)
-    P = to_matrix(torch.tensor(rankings(3)))
-    log_q = PlackettLuce(logits).log_prob(P)
-    log_p = (P * seen).sum((-2, -1)) - math.log(6)
-    expected = -(log_q.exp() * (log_p - log_q)).sum()
-    assert abs(loss - float(expected)) < SAME
-
-
-def test_the_score_function_has_the_gradient_of_the_exact_bound() -> None:
-    pyro.set_rng_seed(0)
-    seen, particles, runs = random_logits(3, 3), 1000, 20
-    logits = random_logits(3).requires_grad_()
-    P = to_matrix(torch.tensor(rankings(3)))
-    log_q = PlackettLuce(logits).log_prob(P)
-    log_p = (P * seen).sum((-2, -1))
-    (exact,) = torch.autograd.grad((log_q.exp() * (log_q - log_p)).sum(), logits)
-
-    def guide(seen: Tensor, prior: object) -> None:
-        pyro.sample("P", PlackettLuce(logits))
-
-    elbo = Trace_ELBO(
-        num_particles=particles, vectorize_particles=True, max_plate_nesting=0
+def test_lists_of_different_lengths():
+    logits = torch.tensor([[0.3, -1.0, 2.0, 0.1], [0.3, -torch.inf, 2.0, -torch.inf]])
+    long, short = PlackettLuceIndices(logits[0], 3), PlackettLuceIndices(logits[1], 3)
+    both, matrices = PlackettLuceIndices(logits, 3), PlackettLuce(logits, 3)
+    assert both.mode.tolist() == [[2, 0, 3], [2, 0, -1]]
+    draws = both.sample((200,))
+    assert (draws[:, 1, 2] == -1).all()
+    assert set(draws[:, 1, :2].flatten().tolist()) == {0, 2}
+    assert both.support.check(draws).all()
+    each = torch.stack([long.log_prob(draws[:, 0]), short.log_prob(draws[:, 1])], -1)
+    assert torch.equal(both.log_prob(draws), each)
+    P = pp.to_matrix(draws, columns=4)
+    assert matrices.support.check(P).all()
+    assert torch.equal(matrices.log_prob(P), each)
+    # The short list is that of its two items.
+    assert torch.equal(
+        short.enumerate_support(), torch.tensor([[0, 2, -1], [2, 0, -1]])
     )
-    gradients = []
-    for _ in range(runs):
-        loss = elbo.differentiable_loss(
-            footrule_model, guide, seen, lambda: UniformPermutation(3)
-        )
-        gradients.append(torch.autograd.grad(loss, logits)[0])
-    found = torch.stack(gradients)
-    error = found.std(0) / runs**0.5
-    # Five, as the standard error of 20 runs is itself uncertain by a sixth.
-    assert ((found.mean(0) - exact).abs() < 5 * error).all()
+    p = torch.tensor([0.3, 2.0]).softmax(0)
+    assert torch.allclose(short.log_prob(short.enumerate_support()).exp(), p)
+    found, error = matrices.marginals()
+    assert torch.allclose(found.sum(-1), torch.ones(2, 3))
+    assert torch.allclose(found[1, 0, :4], torch.tensor([p[0], 0.0, p[1], 0.0]))
+    assert torch.equal(found[..., 4], torch.tensor([[0.0, 0, 0], [0, 0, 1]]))
+    assert not error.any()
+    with pytest.raises(NotImplementedError, match="different items"):
+        both.enumerate_support()
+    # An absent item, a gap, and an empty rank that is not: no rankings of these.
+    for bad in ([0, 1, -1], [0, -1, 2], [2, -1, -1], [0, 2, 0]):
+        with pytest.raises(ValueError, match="PlackettLuceIndices"):
+            short.log_prob(torch.tensor(bad))
+        wrong = (torch.tensor(bad)[:, None] == torch.arange(4)).double()
+        with pytest.raises(ValueError, match="PlackettLuce"):
+            PlackettLuce(logits[1], 3).log_prob(wrong)
+    # No NaN where nobody is left.
+    logits.requires_grad_()
+    score = PlackettLuceIndices(logits, 3).log_prob(draws).sum()
+    (gradient,) = torch.autograd.grad(score, logits)
+    assert gradient.isfinite().all()
+    assert not gradient[1, [1, 3]].any()
 
 
-def test_svi_finds_a_posterior_in_the_family() -> None:
-    # Evidence that is itself Plackett-Luce: log p(first) = logit of the first item.
-    pyro.set_rng_seed(0)
-    target = torch.tensor([1.0, 0.0, -1.0])
+@pytest.mark.parametrize("top", [2, 4])
+def test_samples_follow_the_law(top):
+    """Also of expanded batches: a chi-square test in each element."""
+    logits = torch.tensor([[0.5, -0.5, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    e = PlackettLuceIndices(logits, top).expand((2, 2))
+    values = e.enumerate_support(expand=False)[:, 0, 0]
+    draws = e.sample((5000,))
+    observed = (draws[None] == values[:, None, None, None]).all(-1).sum(1)
+    expected = 5000 * e.log_prob(values[:, None, None]).exp()
+    for k, j in itertools.product(range(2), range(2)):
+        cells = observed[:, k, j].numpy(), expected[:, k, j].numpy()
+        assert scipy.stats.chisquare(*cells).pvalue > RARE
 
-    def model() -> None:
-        P = pyro.sample("P", UniformPermutation(3))
-        pyro.factor("seen", PlackettLuce(target).log_prob(P))
 
-    @config_enumerate
-    def guide() -> None:
+def test_marginals_of_many_items():
+    """By quadrature up to 64: against itself with a finer step, and the sums."""
+    for scale in SCALES:
+        logits = scale * torch.randn(64)
+        found = rank_marginals(logits, 64)
+        assert (found.sum(-1) - 1).abs().max() < EXACT
+        assert (found.sum(-2) - 1).abs().max() < EXACT
+    first = logits.softmax(0)
+    assert (found[0] - first).abs().max() < EXACT
+    equal = rank_marginals(torch.zeros(3, 40), 5)
+    assert (equal - 1 / 40).abs().max() < EXACT
+    # Frequencies beyond, with errors that cover what they miss.
+    logits = torch.randn(65)
+    found, error = PlackettLuce(logits, 3).marginals(2000)
+    exact = rank_marginals(logits, 3)
+    assert ((found[:, :65] - exact).abs() <= SIGMAS * error[:, :65] + 1e-3).all()
+    with pytest.raises(NotImplementedError, match=r"64 items.*d\.marginals"):
+        _ = PlackettLuce(logits).mean
+
+
+def test_marginals_under_a_finer_step(monkeypatch):
+    logits = 3 * torch.randn(24)
+    found = rank_marginals(logits, 24)
+    monkeypatch.setattr("pyro_permutations.ranking_probability._STEP", 1 / 32)
+    assert (found - rank_marginals(logits, 24)).abs().max() < EXACT
+
+
+def test_too_many_rankings_are_refused():
+    for cls in (PlackettLuce, PlackettLuceIndices):
+        assert cls(torch.zeros(8)).has_enumerate_support
+        d = cls(torch.zeros(9))
+        assert not d.has_enumerate_support
+        for method in (d.enumerate_support, d.entropy):
+            with pytest.raises(NotImplementedError, match="40320 rankings"):
+                method()
+        assert cls(torch.zeros(100), 2).enumerate_support().shape[0] == 9900
+    with pytest.raises(NotImplementedError, match="marginals"):
+        _ = PlackettLuceIndices(torch.zeros(3)).mean
+
+
+def test_thousands_of_items_as_indices():
+    """No table of items by ranks: it would have a hundred million entries here."""
+    logits = torch.randn(10_000, requires_grad=True)
+    d = PlackettLuceIndices(logits)
+    value = d.sample()
+    score = d.log_prob(value)
+    (gradient,) = torch.autograd.grad(score, logits)
+    ranked = logits.detach()[value]
+    left = ranked.flip(0).logcumsumexp(0).flip(0)
+    assert torch.allclose(score, (ranked - left).sum(), rtol=EXACT)
+    # Each logit counts once, less the chances that it had.
+    chance = torch.zeros(10_000)
+    chance[value] = (ranked + (-left).logcumsumexp(0)).exp()
+    assert torch.allclose(gradient, 1 - chance, rtol=1e-8, atol=1e-8)
+
+
+def test_values_that_are_no_rankings_are_refused_always():
+    relaxed = pp.GumbelSinkhorn(torch.zeros(3, 3), 0.1).sample()
+    for flag in (True, False):
+        d = PlackettLuce(torch.zeros(3), validate_args=flag)
+        for bad in (relaxed, torch.ones(3, 3) / 3, torch.zeros(3, 3)):
+            with pytest.raises(ValueError, match="RelaxedPlackettLuce in the guide"):
+                d.log_prob(bad)
+        e = PlackettLuceIndices(torch.zeros(3), validate_args=flag)
+        for bad in ([0, 0, 1], [0, 1, 3], [0, 1, -1], [-1, 0, 1], [0.0, 1.0, 1.5]):
+            with pytest.raises(ValueError, match="distinct items"):
+                e.log_prob(torch.tensor(bad))
+        assert e.log_prob(torch.tensor([0.0, 2.0, 1.0])) == -math.log(6)
+        for shape in [(2,), (4,), ()]:
+            with pytest.raises(ValueError, match="shape"):
+                e.log_prob(torch.zeros(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_low_precision(dtype):
+    """Scores are computed in float64 and rounded once."""
+    logits = torch.randn(6).to(dtype)
+    e = PlackettLuceIndices(logits)
+    value = e.sample((100,))
+    exact = PlackettLuceIndices(logits.double()).log_prob(value)
+    assert e.log_prob(value).dtype == dtype
+    assert torch.equal(e.log_prob(value), exact.to(dtype))
+    assert PlackettLuce(logits).sample().dtype == dtype
+
+
+@pytest.mark.parametrize("spread", [1e3, 1e30, 1e300])
+def test_no_nan_for_finite_logits(spread):
+    logits = torch.tensor([spread, 0.0, -spread], requires_grad=True)
+    e = PlackettLuceIndices(logits)
+    score = e.log_prob(e.enumerate_support())
+    assert score[0] == 0
+    assert score.isfinite().all()
+    (gradient,) = torch.autograd.grad(score.sum(), logits)
+    assert gradient.isfinite().all()
+    assert (PlackettLuce(logits.detach()).mean - torch.eye(3)).abs().max() < EXACT
+    assert e.entropy() == 0
+
+
+# Index form
+
+
+def test_indices_in_shapes_of_all_kinds():
+    logits = torch.randn(3, 2, 4)
+    d, e = PlackettLuce(logits, 2), PlackettLuceIndices(logits, 2)
+    assert (d.event_shape, e.event_shape) == ((2, 4), (2,))
+    assert e.infer_shapes((3, 2, 4), 2) == (e.batch_shape, e.event_shape)
+    assert e.infer_shapes((4,)) == ((), (4,))
+    assert (e.support.event_dim, e.support.is_discrete) == (1, True)
+    for expanded in (e.expand((5, 3, 2)), e.expand_by((5,))):
+        assert type(expanded) is PlackettLuceIndices
+        value = expanded.sample((7,))
+        assert value.shape == (7, 5, 3, 2, 2)
+        assert expanded.log_prob(value).shape == (7, 5, 3, 2)
+        P = pp.to_matrix(value, columns=4)
+        assert torch.equal(d.expand((5, 3, 2)).log_prob(P), expanded.log_prob(value))
+    total = e.to_event(1).log_prob(value)
+    assert torch.allclose(total, e.log_prob(value).sum(-1))
+    assert not e.mask(False).log_prob(value).any()
+    assert e.expand((3, 2)).sample().dtype == torch.long
+    copy = pickle.loads(pickle.dumps(e))
+    assert torch.equal(copy.log_prob(value), e.log_prob(value))
+    assert e.enumerate_support(expand=False).shape == (12, 1, 1, 2)
+    assert e.enumerate_support().shape == (12, 3, 2, 2)
+    assert d.enumerate_support().shape == (12, 3, 2, 2, 4)
+    assert PlackettLuce(torch.zeros(0, 3)).enumerate_support().shape == (6, 0, 3, 3)
+
+
+# In Pyro
+
+
+def noisy_order(P: Tensor) -> Tensor:
+    """A log likelihood of rankings that is not linear in P."""
+    return -(P @ torch.arange(3.0) - torch.tensor([1.0, 2.0, 0.3])).abs().sum(-1)
+
+
+def evidence(prior) -> tuple[Tensor, Tensor]:
+    values = PlackettLuce(torch.zeros(3)).enumerate_support()
+    joint = prior.log_prob(values) + noisy_order(values)
+    return joint.logsumexp(0), joint.softmax(0)
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_elbos_and_their_gradients_against_enumeration(uniform):
+    """Score-function and enumerated ELBO, value and gradient, of one guide."""
+    known = PlackettLuce(torch.tensor([1.0, 0.0, 0.5]))
+    prior = UniformPermutation(3) if uniform else known
+
+    def model():
+        P = pyro.sample("P", prior)
+        pyro.factor("data", noisy_order(P))
+
+    def guide(infer=None):
+        logits = pyro.param("logits", torch.tensor([0.5, 0.0, -0.5]))
+        pyro.sample("P", PlackettLuce(logits), infer=infer)
+
+    def enumerated_guide():
+        guide({"enumerate": "parallel"})
+
+    logits = torch.tensor([0.5, 0.0, -0.5], requires_grad=True)
+    q = PlackettLuce(logits)
+    values = q.enumerate_support()
+    log_q = q.log_prob(values)
+    log_p = prior.log_prob(values) + noisy_order(values)
+    loss = (log_q.exp() * (log_q - log_p)).sum()
+    (gradient,) = torch.autograd.grad(loss, logits)
+
+    found = TraceEnum_ELBO(max_plate_nesting=0).loss_and_grads(model, enumerated_guide)
+    assert abs(found - loss) < EXACT
+    parameter = pyro.param("logits")
+    assert torch.allclose(parameter.grad, gradient, rtol=1e-9)
+
+    elbo = Trace_ELBO(num_particles=500, vectorize_particles=True)
+    losses, gradients = [], []
+    for _ in range(40):
+        parameter.grad = None
+        losses.append(torch.tensor(elbo.loss_and_grads(model, guide)))
+        gradients.append(parameter.grad)
+    for draws, exact in ((losses, loss), (gradients, gradient)):
+        draws = torch.stack(draws)
+        error = draws.std(0) / 40**0.5
+        assert ((draws.mean(0) - exact).abs() <= SIGMAS * error).all()
+
+
+def test_svi_finds_the_best_plackett_luce():
+    """Down to the least loss that an optimiser finds on the enumerated one."""
+    prior = PlackettLuce(torch.zeros(3))
+
+    def model():
+        P = pyro.sample("P", prior)
+        pyro.factor("data", noisy_order(P))
+
+    def guide():
         logits = pyro.param("logits", torch.zeros(3))
         pyro.sample("P", PlackettLuce(logits))
 
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), TraceEnum_ELBO())
+    log_evidence, posterior = evidence(prior)
+    values = prior.enumerate_support()
+
+    def gap(logits: Tensor) -> Tensor:
+        log_q = PlackettLuce(logits).log_prob(values)
+        return (log_q.exp() * (log_q - posterior.log())).sum()
+
+    best = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.LBFGS([best], max_iter=100)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = gap(best)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    elbo = Trace_ELBO(num_particles=300, vectorize_particles=True)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), elbo)
     for _ in range(200):
         svi.step()
     found = pyro.param("logits").detach()
-    torch.testing.assert_close(
-        found - found.mean(), target, atol=1e-3, rtol=0
-    )  # 200 steps
+    # .002 nats is the jitter of Adam at this rate; the start is off by half a nat.
+    assert gap(torch.zeros(3)) - gap(best) > 0.3
+    assert 0 <= gap(found) - gap(best) + EXACT < 0.02
+    assert log_evidence - gap(found) <= log_evidence
 
 
-# %% Soft rankings
-@pytest.mark.parametrize(("n", "k"), [(2, 2), (3, 3), (4, 4), (4, 2), (3, 1)])
-@pytest.mark.parametrize("temperature", [1.0, 0.1])
-def test_soft_rankings_are_a_bijection(n: int, k: int, temperature: float) -> None:
-    transform = RankingTransform(temperature, None if k == n else k)
-    x = torch.randn(5, n - 1)
-    P = transform(x)
-    assert transform.codomain.check(P).all()
-    torch.testing.assert_close(P.sum(-1), torch.ones(5, k), atol=1e-6, rtol=0)
-    torch.testing.assert_close(transform.inv(P), x, atol=1e-7, rtol=1e-7)
-    assert transform.forward_shape((5, n - 1)) == P.shape
-    assert transform.inverse_shape(P.shape) == x.shape
-    # The coordinates are x / tau, so the volume change is that of a scale.
-    expected = torch.full((5,), -(n - 1) * math.log(temperature))
-    torch.testing.assert_close(transform.log_abs_det_jacobian(x, P), expected)
+def test_rankings_are_data_in_a_plate():
+    """The worth of items from observed partial rankings, by maximum likelihood."""
+    truth = torch.tensor([1.5, 0.5, 0.0, -2.0])
+    data = PlackettLuceIndices(truth, 2).sample((2000,))
 
+    def model(data=None):
+        logits = pyro.param("worth", torch.zeros(4))
+        with pyro.plate("voters", 2000):
+            return pyro.sample("top two", PlackettLuceIndices(logits, 2), obs=data)
 
-def test_a_soft_ranking_sorts_as_it_cools() -> None:
-    x = torch.tensor([0.3, 2.0, -1.0])
-    P = RankingTransform(0.01)(x)  # and zero, the last item: 2, .3, 0, -1
-    expected = to_matrix(torch.tensor([1, 0, 3, 2]))
-    torch.testing.assert_close(P, expected, atol=1e-6, rtol=0)
-    first = RankingTransform(0.01, 2)(x)
-    torch.testing.assert_close(first, expected[:2], atol=1e-6, rtol=0)
-
-
-def test_the_density_of_two_items_integrates_to_one() -> None:
-    # In the coordinate y = x / tau; for two items it is a logistic density.
-    for temperature in (1.0, 0.3):
-        d = RelaxedPlackettLuce(torch.tensor([0.7, -0.2]), temperature)
-        y = torch.linspace(-60, 60, 40_001)[:, None]
-        P = RankingTransform(1.0)(y)
-        p = d.log_prob(P).exp()
-        assert abs(float(torch.trapezoid(p, y[:, 0])) - 1) < 1e-6
-        z = temperature * y[:, 0] - 0.9
-        logistic = temperature * torch.sigmoid(z) * torch.sigmoid(-z)
-        torch.testing.assert_close(p, logistic, atol=1e-8, rtol=1e-6)
-
-
-def test_the_density_of_three_items_integrates_over_the_shift() -> None:
-    # The density of Gumbel noise, integrated over the shift numerically.
-    logits, tau = torch.tensor([0.7, -0.2, 0.4]), 0.5
-    d = RelaxedPlackettLuce(logits, tau)
-    P = d.rsample((4,))
-    y = RankingTransform(1.0).inv(P)
-    scores = tau * torch.nn.functional.pad(y, (0, 1))
-    shift = torch.linspace(-30, 30, 20_001)
-    noise = scores[:, None] + shift[:, None] - logits  # (4, shifts, 3)
-    integral = torch.trapezoid((-noise - (-noise).exp()).sum(-1).exp(), shift, dim=-1)
-    expected = integral.log() + 2 * math.log(tau)
-    torch.testing.assert_close(d.log_prob(P), expected, atol=1e-6, rtol=0)
-
-
-def test_densities_of_two_laws_are_consistent() -> None:
-    # E_a[p_b / p_a] = 1 over draws of a, at another temperature too.
-    pyro.set_rng_seed(0)
-    a = RelaxedPlackettLuce(torch.tensor([0.3, 0.0, -0.3]), 0.5)
-    b = RelaxedPlackettLuce(torch.tensor([0.0, 0.2, 0.1]), 0.6)
-    P = a.rsample((20_000,))
-    ratio = (b.log_prob(P) - a.log_prob(P)).exp()
-    assert abs(float(ratio.mean()) - 1) < SIGMAS * float(ratio.std()) / 20_000**0.5
-    entropy = -a.log_prob(P)
-    error = float(entropy.std()) / 20_000**0.5
-    assert abs(float(entropy.mean() - a.entropy())) < SIGMAS * error
-
-
-def test_hard_limit_of_relaxed_draws_is_plackett_luce() -> None:
-    pyro.set_rng_seed(1)
-    logits, draws = torch.tensor([0.8, 0.0, -0.5]), 5000
-    P = RelaxedPlackettLuce(logits, 0.5).rsample((draws,))
-    # The soft ranking orders items by the scores that it was made from.
-    y = torch.nn.functional.pad(RankingTransform(1.0).inv(P), (0, 1))
-    perm = y.argsort(-1, descending=True)
-    every = torch.tensor(rankings(3))
-    counts = (perm[:, None] == every).all(-1).sum(0)
-    expected = draws * PlackettLuceIndices(logits).log_prob(every).exp()
-    assert chisquare(counts, expected * (draws / expected.sum())).pvalue > RARE
-
-
-@pytest.mark.parametrize("top", [None, 2])
-def test_gradients_of_relaxed_draws(top: int | None) -> None:
-    # With the noise held fixed, against finite differences.
-    def draw(logits: Tensor, temperature: Tensor) -> Tensor:
-        torch.manual_seed(3)
-        return RelaxedPlackettLuce(logits, temperature, top).rsample((2,))
-
-    logits = random_logits(4).requires_grad_()
-    temperature = torch.tensor(0.7, requires_grad=True)
-    torch.autograd.gradcheck(draw, (logits, temperature))
-
-    def score(logits: Tensor) -> Tensor:
-        d = RelaxedPlackettLuce(logits, 0.7, top)
-        return d.log_prob(RelaxedPlackettLuce(torch.zeros(4), 0.7, top).rsample())
-
-    torch.autograd.gradcheck(lambda x: (torch.manual_seed(4), score(x))[1], (logits,))
-
-
-def test_relaxed_shapes_pickle_and_constraint() -> None:
-    d = RelaxedPlackettLuce(random_logits(2, 4), 0.5)
-    assert d.event_shape == (4, 4)
-    P = d.rsample((3,))
-    assert P.shape == (3, 2, 4, 4)
-    assert d.support.check(P).all()
-    assert not d.support.check(torch.eye(4) * 0.9 + 0.025)
-    large = d.expand((5, 2))
-    assert large.log_prob(large.rsample()).shape == (5, 2)
-    copy = pickle.loads(pickle.dumps(d))
-    torch.testing.assert_close(copy.log_prob(P), d.log_prob(P))
-    assert RelaxedPlackettLuce.infer_shapes((2, 4), (), 3) == ((2,), (3, 4))
-    x = torch.randn(3)
-    torch.testing.assert_close(
-        biject_to(soft_ranking).inv(biject_to(soft_ranking)(x)), x
+    svi = SVI(model, lambda data: None, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    for _ in range(200):
+        svi.step(data)
+    worth = pyro.param("worth").detach()
+    logits = worth.clone().requires_grad_()
+    score = PlackettLuceIndices(logits, 2).log_prob(data)
+    information = torch.autograd.functional.hessian(
+        lambda x: -PlackettLuceIndices(x, 2).log_prob(data).sum(), worth
     )
-    assert RelaxedPlackettLuce(random_logits(3).float(), 0.5).rsample().dtype == (
-        torch.float32
-    )
+    (slope,) = torch.autograd.grad(score.sum(), logits)
+    assert slope.abs().max() < 1  # converged: standard errors are about .05
+    spread = torch.linalg.pinv(information, hermitian=True).diagonal().sqrt()
+    off = (worth - worth.mean()) - (truth - truth.mean())
+    assert (off.abs() <= SIGMAS * spread).all()
+    draws = Predictive(model, num_samples=3)()["top two"]
+    assert draws.shape == (3, 2000, 2)
 
 
-def test_relaxed_svi_with_a_relaxed_prior_finds_the_order() -> None:
-    pyro.set_rng_seed(0)
-    # Each item was ranked near its place: scores fall with the distance from it.
-    order = torch.tensor([2, 0, 3, 1])
-    distance = (torch.arange(4)[:, None] - order.argsort()).abs()
+def test_plates_and_enumeration_of_a_model_site():
+    """A latent ranking in a plate, summed out exactly."""
+    logits = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.3, -0.5]])
 
-    def model() -> None:
-        P = pyro.sample("P", RelaxedPlackettLuce(torch.zeros(4), 0.3))
-        pyro.factor("seen", -3 * (P * distance).sum((-2, -1)))
+    def model():
+        with pyro.plate("judges", 2):
+            P = pyro.sample("P", PlackettLuce(logits), infer={"enumerate": "parallel"})
+            pyro.factor("data", noisy_order(P))
 
-    def guide() -> None:
-        logits = pyro.param("logits", torch.zeros(4))
-        pyro.sample("P", RelaxedPlackettLuce(logits, 0.3))
+    expected = sum(evidence(PlackettLuce(x))[0] for x in logits)
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(model, lambda: None)
+    assert abs(loss + expected) < EXACT
 
-    elbo = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=0)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), elbo)
-    losses = [svi.step() for _ in range(200)]
-    assert all(map(math.isfinite, losses))
-    found = RelaxedPlackettLuce(pyro.param("logits").detach(), 0.3).mode
-    assert torch.equal(to_indices(found), order)
+
+def test_autoguides_say_that_it_is_discrete():
+    def model():
+        pyro.sample("P", PlackettLuce(torch.zeros(3)))
+
+    with pytest.raises(ValueError, match="discrete sample site 'P'"):
+        AutoNormal(model)()
+
+
+def test_as_a_posterior():
+    """It is read like the other distributions over permutations."""
+    d = PlackettLuce(torch.tensor([1.0, 0.0, -1.0]))
+    found, error = pp.posterior_of(d).marginals()
+    assert torch.allclose(found[:, :3], d.mean)
+    assert not error.any()
+
+    def model():
+        P = pyro.sample("P", d)
+        pyro.sample(
+            "y", dist.Normal(P @ torch.arange(3.0), 1.0).to_event(1), obs=torch.ones(3)
+        )
+
+    posterior = pp.posterior_by_enumeration(model, "P")
+    values = d.enumerate_support()
+    likelihood = dist.Normal(values @ torch.arange(3.0), 1.0).to_event(1)
+    weight = (d.log_prob(values) + likelihood.log_prob(torch.ones(3))).softmax(0)
+    expected = (weight[:, None, None] * values).sum(0)
+    assert torch.allclose(posterior.marginals()[0][:, :3], expected)
