@@ -48,7 +48,6 @@ LAYERS = [
     ("fractional_solver", NUMERICS),
     ("fractional_entropy", NUMERICS),
     ("permanents", NUMERICS),
-    ("ranking_probability", NUMERICS),
     ("effective_draws", NUMERICS),
     ("ranking_probability", NUMERICS),
     ("carried_log", NO_PYRO),
