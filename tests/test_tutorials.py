@@ -30,7 +30,31 @@ def worm(output: str) -> None:
     assert unknown("noise-free") > 0.7
 
 
-CHECKS = {"worm.py": worm}
+def jigsaw(output: str) -> None:
+    """A smoke run solves most puzzles of 3 x 3 pieces, and says how many it could."""
+
+    def numbers(title: str) -> list[float]:
+        (row,) = re.findall(rf"^{title} .*$", output, flags=re.MULTILINE)
+        return [float(word) for word in row.split()[-5:]]
+
+    # Tau of random orders of 9 pieces has mean 0 and variance 2 (2n + 5) / 9n (n - 1):
+    # .27 / sqrt(200) = .019 is the standard error of 200 pictures. Of the pieces 8/9
+    # are wrong by chance. Seeds 0, 1, 2 give SEEDS.
+    tau, wrong, any_wrong, l1, l2 = numbers("raw")
+    assert tau > 0.5
+    assert wrong < 0.4
+    fair_tau, fair_wrong, fair_any, *pictures = numbers("up to identical")
+    assert fair_tau > max(tau, 0.8)
+    assert fair_wrong < min(wrong, 0.2)
+    assert fair_any < any_wrong
+    assert [l1, l2] == pictures  # the picture does not see which blank piece is which
+    assert 0 < l2 < l1 < 0.02
+    # The digits and their blank pieces are the same each time, on every machine.
+    (ceiling,) = re.findall(r"^ceiling.* (\S+)$", output, flags=re.MULTILINE)
+    assert abs(float(ceiling) - 0.7790) < 1e-3
+
+
+CHECKS = {"worm.py": worm, "jigsaw.py": jigsaw}
 
 
 def test_every_tutorial_is_listed() -> None:

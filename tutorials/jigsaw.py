@@ -70,7 +70,7 @@ from torch.nn.functional import pad
 from pyro_permutations import SinkhornNetwork, matching, metrics, restore, to_indices
 
 # Pixels of a side, by k, and steps of training.
-SIDE = {2: 28, 3: 27, 4: 28, 5: 30, 6: 30}
+SIDE = {2: 28, 3: 27, 4: 28, 5: 25, 6: 30}
 STEPS = {2: 500, 3: 1000, 4: 1500, 5: 2000, 6: 2000}
 PHOTOGRAPH = 48
 # Photographs that are files of scikit-image's wheel; the rest it would have to fetch.
@@ -110,10 +110,10 @@ def load_digits() -> Tensor:  # (5000, 1, 28, 28)
     return torch.from_numpy(table)[order, :-1].reshape(-1, 1, 28, 28).float() / 255
 
 
-def digits(k: int) -> tuple[Draw, Tensor]:
+def digits(k: int, side: int | None = None) -> tuple[Draw, Tensor]:
     """Random training digits, shifted by up to a pixel, and those that are held out."""
     learned, held_out = load_digits()[:4000], load_digits()[4000:]
-    missing = SIDE[k] - 28
+    missing = (SIDE[k] if side is None else side) - 28
     before, after = int(missing / 2), missing - int(missing / 2)
 
     def draw(count: int) -> Tensor:
@@ -193,7 +193,7 @@ class Round(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.log_sharpness = nn.Parameter(torch.tensor([[5.0, 50.0]] * 4).log())
         self.nobody = nn.Parameter(-torch.ones(4, 2, 1, 1))
-        self.says = nn.Linear(d, 8 * words)
+        self.asks, self.offers, self.says = (nn.Linear(d, 8 * words) for _ in range(3))
         self.hears = nn.Sequential(
             nn.Linear(d + 8 * (words + 1), 2 * d), nn.GELU(), nn.Linear(2 * d, d)
         )
@@ -205,10 +205,14 @@ class Round(nn.Module):
     ) -> Tensor:  # (b, n, d)
         """One round."""
         x = self.norm(h)
-        fits = -self.log_sharpness.exp()[..., None, None] * seams[:, :, None]
+        asked, offered, said = (
+            layer(x).unflatten(-1, (4, 2, -1)).permute(0, 2, 3, 1, 4)
+            for layer in (self.asks, self.offers, self.says)
+        )
+        fits = asked @ offered.mT / asked.shape[-1] ** 0.5
+        fits = fits - self.log_sharpness.exp()[..., None, None] * seams[:, :, None]
         nobody = self.nobody.expand(*fits.shape[:-1], 1)
         weights = torch.cat([fits, nobody], -1).softmax(-1)  # (b, 4, 2, n, n + 1)
-        said = self.says(x).unflatten(-1, (4, 2, -1)).permute(0, 2, 3, 1, 4)
         heard = torch.cat([weights[..., :-1] @ said, weights[..., -1:]], -1)
         heard = heard.permute(0, 3, 1, 2, 4).flatten(2)
         return h + self.hears(torch.cat([x, heard], -1))
