@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Errors of learned jigsaw puzzles.")
     option = parser.add_argument
     option("--quick", action="store_true", help="2 x 2 and 3 x 3 digits, 300 steps")
+    option("--kind", choices=("digits", "photographs"), help="one of the two only")
     option("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -67,14 +68,15 @@ def main() -> None:
     print(f"Means over 1 000 held-out pictures, seed {args.seed}")
     print(f"{'':<47}" + "".join(f"{head:>9}" for head in HEADS) + f"{'s':>6}")
     missed = 0
-    for k in (2, 3) if args.quick else (2, 3, 4, 5, 6):
-        steps = 300 if args.quick else default[k]
-        missed += puzzle("digits", k, None, steps, args.seed)
+    puzzles = [("digits", k, None) for k in ((2, 3) if args.quick else default)]
     if not args.quick:
-        # Five pieces of six pixels, as in the paper, with more of them blank.
-        missed += puzzle("digits", 5, 30, default[5], args.seed)
-        for k in (2, 3, 4):
-            puzzle("photographs", k, None, default[k], args.seed)
+        # Pieces of 6 x 6 pixels, as in the paper: the same digits in a blank frame.
+        puzzles.append(("digits", 5, 30))
+        puzzles += [("photographs", k, None) for k in (2, 3, 4)]
+    for kind, k, side in puzzles:
+        if args.kind in (None, kind):
+            steps = 300 if args.quick else default[k]
+            missed += puzzle(kind, k, side, steps, args.seed)
     print(f"{missed} puzzles miss, {time.perf_counter() - begin:.0f} s")
     sys.exit(missed)
 
