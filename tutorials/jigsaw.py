@@ -12,9 +12,9 @@ every position,
 
 with S the Sinkhorn operator, converged, and the mean over pixels. For the test P is the
 best matching of X, a permutation. There is no permutation in the loss: pieces that look
-the same may be exchanged at no cost. Training therefore takes the pieces in their true
-order: the scores do not depend on the order (the network is equivariant), and so
-neither does the loss.
+the same may be exchanged at no cost. Training takes the pieces in their true order, but
+no network that is equivariant, as this one is, can profit by it: the scores of a piece,
+and so the loss, are the same in every order.
 
 Network. A perceptron describes each piece by d numbers. Then the pieces look at each
 other, in a few rounds. In each a piece asks, on each of its four sides, who fits:
@@ -365,8 +365,9 @@ def draw_picture(path: Path, net: SinkhornNetwork, held_out: Tensor, k: int) -> 
     columns = {"scrambled": pieces}
     with torch.no_grad():
         net.train()
-        for net.temperature in (8.0, 2.0, 0.5):
-            title = f"soft, tau = {net.temperature:g}"
+        for temperature in (8.0, 2.0, 0.5):
+            net.temperature = temperature
+            title = f"soft, tau = {temperature:g}"
             columns[title] = restore(net(pieces), pieces)
         columns["matching"] = restore(net.eval()(pieces), pieces)
     columns["original"] = cut(held_out[:6], k)
