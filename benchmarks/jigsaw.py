@@ -60,7 +60,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Errors of learned jigsaw puzzles.")
     option = parser.add_argument
     option("--quick", action="store_true", help="2 x 2 and 3 x 3 digits, 300 steps")
-    option("--kind", choices=("digits", "photographs"), help="one of the two only")
+    option("--kind", choices=("digits", "photographs"), help="these only")
+    option("--pieces", type=int, choices=BARS, help="puzzles of k x k pieces only")
     option("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -74,7 +75,7 @@ def main() -> None:
         puzzles.append(("digits", 5, 30))
         puzzles += [("photographs", k, None) for k in (2, 3, 4)]
     for kind, k, side in puzzles:
-        if args.kind in (None, kind):
+        if args.kind in (None, kind) and args.pieces in (None, k):
             steps = 300 if args.quick else default[k]
             missed += puzzle(kind, k, side, steps, args.seed)
     print(f"{missed} puzzles miss, {time.perf_counter() - begin:.0f} s")
