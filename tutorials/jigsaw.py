@@ -71,7 +71,7 @@ from pyro_permutations import SinkhornNetwork, matching, metrics, restore, to_in
 
 # Pixels of a side, by k, and steps of training.
 SIDE = {2: 28, 3: 27, 4: 28, 5: 25, 6: 30}
-STEPS = {2: 500, 3: 1000, 4: 1500, 5: 2500, 6: 2500}
+STEPS = {2: 500, 3: 1000, 4: 1500, 5: 2000, 6: 2000}
 PHOTOGRAPH = 48
 # Photographs that are files of scikit-image's wheel; the rest it would have to fetch.
 LEARNED = ("astronaut.png", "chelsea.png", "motorcycle_left.png", "retina.jpg")
