@@ -19,25 +19,30 @@ and so the loss, are the same in every order.
 Network. A perceptron describes each piece by d numbers. Then the pieces look at each
 other, in a few rounds. In each a piece asks, on each of its four sides, who fits:
 
-    w_ij = softmax_j(-b D_ij),    D_ij = mean squared difference along the seam of i, j
+    w_ij = softmax_j(q_i . r_j - b D_ij)
 
-with one more candidate that stands for nobody (the edge of the picture, or no fit). It
-takes the mean of what the candidates say, weighted by w, and a perceptron makes a new
-description of it. Two sharpnesses b are learned for every side. Softmax and sum see the
-pieces as a set, whence the equivariance. At last a linear map gives the n scores.
+with D_ij the mean squared difference of the pixels along the seam of i and j, and q, r
+linear in the descriptions. One more candidate stands for nobody (the edge of the
+picture, or no fit). The piece takes the mean, by w, of what the candidates say, and a
+perceptron makes a new description of it; there are two such w, with sharpness b of
+their own, for every side. Softmax and sum see the pieces as a set, whence the
+equivariance. At last a linear map gives the n scores.
 
 Training. AdamW, batches of 50 pictures, digits shifted by up to a pixel, a learning
 rate that rises in the first tenth of the steps and falls to zero after, a temperature
 that falls geometrically from 1 to 0.5. No noise. 4 000 digits to learn from, 1 000 to
-test on, chosen with a fixed seed. A digit of 28 x 28 pixels loses a row and a column,
-or gets a blank frame, if k does not divide 28.
+test on, split with a fixed seed. Where k does not divide the 28 pixels of a side, digits
+are cropped to 27 (3 x 3) and 25 (5 x 5), or framed to 30 (6 x 6), but never resized:
+interpolation blurs seams, and makes blank pieces differ. Of photographs, random crops
+of four are learned from, and 1 000 crops of two others tested.
 
 Blank pieces. Most of a digit is blank, and nobody can tell one blank piece from
 another. A perfect solver that breaks such ties at random has a Kendall tau well below
-one; `ceiling` prints what it has on average, exactly. The errors are therefore given
+one; `ceiling` computes what it has on average, exactly. The errors are therefore given
 raw, and up to identical pieces: among pieces with the same pixels the estimated
 positions are handed out anew, so that as many pieces as can be have their true one, and
 the others one near it. The picture, and so l1 and l2, is the same before and after.
+They are means over pixels with values in [0, 1]; the paper's are on another scale.
 
     pip install -e ".[tutorials]" && python tutorials/jigsaw.py
 
