@@ -31,9 +31,9 @@ equivariance. At last a linear map gives the n scores.
 Training. AdamW, batches of 50 pictures, digits shifted by up to a pixel, a learning
 rate that rises in the first tenth of the steps and falls to zero after, a temperature
 that falls geometrically from 1 to 0.5. No noise. 4 000 digits to learn from, 1 000 to
-test on, split with a fixed seed. Where k does not divide the 28 pixels of a side, digits
-are cropped to 27 (3 x 3) and 25 (5 x 5), or framed to 30 (6 x 6), but never resized:
-interpolation blurs seams, and makes blank pieces differ. Of photographs, random crops
+test on, split with a fixed seed. Where k does not divide the 28 pixels of a side,
+digits are cropped to 27 (3 x 3) and 25 (5 x 5), or framed to 30 (6 x 6), but never
+resized: interpolation blurs the seams, and makes blank pieces differ. Of photographs, random crops
 of four are learned from, and 1 000 crops of two others tested.
 
 Blank pieces. Most of a digit is blank, and nobody can tell one blank piece from
@@ -42,7 +42,8 @@ one; `ceiling` computes what it has on average, exactly. The errors are therefor
 raw, and up to identical pieces: among pieces with the same pixels the estimated
 positions are handed out anew, so that as many pieces as can be have their true one, and
 the others one near it. The picture, and so l1 and l2, is the same before and after.
-They are means over pixels with values in [0, 1]; the paper's are on another scale.
+They are means over pixels with values in [0, 1]; the paper's, with an l2 above l1, are
+not on this scale.
 
     pip install -e ".[tutorials]" && python tutorials/jigsaw.py
 
