@@ -33,8 +33,8 @@ rate that rises in the first tenth of the steps and falls to zero after, a tempe
 that falls geometrically from 1 to 0.5. No noise. 4 000 digits to learn from, 1 000 to
 test on, split with a fixed seed. Where k does not divide the 28 pixels of a side,
 digits are cropped to 27 (3 x 3) and 25 (5 x 5), or framed to 30 (6 x 6), but never
-resized: interpolation blurs the seams, and makes blank pieces differ. Of photographs, random crops
-of four are learned from, and 1 000 crops of two others tested.
+resized: interpolation blurs the seams, and makes blank pieces differ. Of photographs,
+random crops of four are learned from, and 1 000 crops of two others tested.
 
 Blank pieces. Most of a digit is blank, and nobody can tell one blank piece from
 another. A perfect solver that breaks such ties at random has a Kendall tau well below
