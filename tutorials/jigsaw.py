@@ -34,7 +34,8 @@ that falls geometrically from 1 to 0.5. No noise. 4 000 digits to learn from, 1 
 test on, split with a fixed seed. Where k does not divide the 28 pixels of a side,
 digits are cropped to 27 (3 x 3) and 25 (5 x 5), or framed to 30 (6 x 6), but never
 resized: interpolation blurs the seams, and makes blank pieces differ. Of photographs,
-random crops of four are learned from, and 1 000 crops of two others tested.
+random crops of four are learned from, with their colour channels exchanged, and 1 000
+crops of two others tested; all are brought to the same brightness and contrast.
 
 Blank pieces. Most of a digit is blank, and nobody can tell one blank piece from
 another. A perfect solver that breaks such ties at random has a Kendall tau well below
@@ -147,7 +148,10 @@ def load_photographs(names: tuple[str, ...]) -> list[Tensor]:  # (3, height, wid
 
 
 def crops(images: list[Tensor], count: int) -> Tensor:
-    """Squares at random places of random photographs, half of them mirrored."""
+    """Squares at random places of random photographs, half of them mirrored.
+
+    All have the same brightness and contrast, so that seams can be told in the dark.
+    """
     chosen = []
     for which in torch.randint(len(images), (count,)).tolist():
         image = images[which]
@@ -155,17 +159,29 @@ def crops(images: list[Tensor], count: int) -> Tensor:
         column = int(torch.randint(image.shape[2] - PHOTOGRAPH + 1, ()))
         x = image[:, row : row + PHOTOGRAPH, column : column + PHOTOGRAPH]
         chosen.append(x.flip(-1) if torch.rand(()) < 0.5 else x)
-    return torch.stack(chosen)
+    x = torch.stack(chosen)
+    deviation, mean = torch.std_mean(x, (1, 2, 3), keepdim=True)
+    return 0.5 + 0.25 * (x - mean) / deviation.clamp_min(0.01)
 
 
 def photographs(k: int) -> tuple[Draw, Tensor]:
     """Random crops of the training photographs, and 1 000 of those held out."""
     if PHOTOGRAPH % k:
-        raise ValueError(f"photographs have {PHOTOGRAPH} pixels a side, not k = {k}.")
+        raise ValueError(
+            f"photographs have {PHOTOGRAPH} pixels a side, which {k} pieces do not "
+            "share. Take 2, 3 or 4."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         held_out = crops(load_photographs(HELD_OUT), 1000)
-    return functools.partial(crops, load_photographs(LEARNED)), held_out
+    learned = load_photographs(LEARNED)
+
+    def draw(count: int) -> Tensor:
+        x = crops(learned, count)
+        channels = torch.rand(count, 3).argsort(-1)  # four photographs have few colours
+        return x[torch.arange(count)[:, None], channels]
+
+    return draw, held_out
 
 
 def cut(x: Tensor, k: int) -> Tensor:  # (b, c, k s, k s) -> (b, k k, c, s, s)
@@ -383,7 +399,8 @@ def draw_picture(path: Path, net: SinkhornNetwork, held_out: Tensor, k: int) -> 
     ):
         axes[0].set_title(title, fontsize=9)
         for axis, picture in zip(axes, glue(x), strict=True):
-            axis.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
+            image = picture.permute(1, 2, 0).clamp(0, 1).numpy()
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
             axis.set_axis_off()
     figure.savefig(path, dpi=75)
     print(f"picture of some puzzles: {path}")
@@ -394,7 +411,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Tensor]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     option = parser.add_argument
     option("--pieces", type=int, default=3, choices=SIDE, help="k, for k x k of them")
-    option("--photographs", action="store_true", help="in colour, k up to 4")
+    option("--photographs", action="store_true", help="and not digits, k up to 4")
     option("--steps", type=int, help="of training; by default more for larger k")
     option("--seed", type=int, default=0)
     option("--picture", type=Path, default=Path("jigsaw.png"))
