@@ -344,12 +344,9 @@ def among_equals(found: Tensor, truth: Tensor, pieces: Tensor) -> Tensor:  # (b,
     return found.gather(1, to_indices(best))
 
 
-def score(net: SinkhornNetwork, held_out: Tensor, k: int) -> dict[str, Tensor]:
-    """The metrics of every held-out picture, raw and up to identical pieces."""
-    pieces, truth = scramble(cut(held_out, k), seed=1)
-    with torch.no_grad():
-        found = to_indices(torch.cat([net(x) for x in pieces.split(250)]))
-    results = {"ceiling": ceiling(pieces, truth)}
+def errors(found: Tensor, truth: Tensor, pieces: Tensor) -> dict[str, Tensor]:
+    """The metrics of every picture, raw and up to identical pieces."""
+    results = {}
     fair = among_equals(found, truth, pieces)
     for title, estimate in (("", found), (" up to identical", fair)):
         results["tau" + title] = metrics.kendall_tau(estimate, truth)
@@ -360,25 +357,44 @@ def score(net: SinkhornNetwork, held_out: Tensor, k: int) -> dict[str, Tensor]:
     return results
 
 
+def score(net: SinkhornNetwork, held_out: Tensor, k: int) -> dict[str, Tensor]:
+    """The errors of the network on held-out pictures, and the ceiling of tau."""
+    pieces, truth = scramble(cut(held_out, k), seed=1)
+    with torch.no_grad():
+        found = to_indices(torch.cat([net(x) for x in pieces.split(250)]))
+    return errors(found, truth, pieces) | {"ceiling": ceiling(pieces, truth)}
+
+
+def chance(held_out: Tensor, k: int) -> dict[str, Tensor]:
+    """The errors of leaving the pieces as they have been scrambled."""
+    pieces, truth = scramble(cut(held_out, k), seed=1)
+    return errors(torch.arange(k * k).expand_as(truth), truth, pieces)
+
+
 def line(title: str, values: Sequence[float | Tensor]) -> str:
     """A row of the table."""
     return f"{title:<32}" + "".join(f"{float(value):>10.4f}" for value in values)
 
 
-def report(results: dict[str, Tensor], paper: tuple[float, ...] | None) -> None:
+def report(
+    results: dict[str, Tensor],
+    by_chance: dict[str, Tensor],
+    paper: tuple[float, ...] | None,
+) -> None:
     """Print the means over the held-out pictures, beside the paper's numbers."""
-    mean = {name: values.mean() for name, values in results.items()}
     heads = ("tau", "wrong", "any wrong", "l1", "l2")
     print(f"{'held-out pictures':<32}" + "".join(f"{head:>10}" for head in heads))
-    for title in ("", " up to identical"):
-        names = ["tau" + title, "wrong" + title, "any" + title, "l1", "l2"]
-        print(line("raw" if not title else title[1:], [mean[name] for name in names]))
-    print(line("ceiling: perfect, random ties", [mean["ceiling"]]))
+    for who, found in (("", results), ("as scrambled, ", by_chance)):
+        for title in ("", " up to identical"):
+            names = [name + title for name in ("tau", "wrong", "any")] + ["l1", "l2"]
+            means = [found[name].mean() for name in names]
+            print(line(who + (title.strip() or "raw"), means))
+    tau, top = results["tau"], results["ceiling"].mean()
+    print(line("ceiling: perfect, random ties", [top]))
     if paper is not None:
         print(line("the paper, as recalled", paper))
-    deviation = results["tau"].std() / len(results["tau"]) ** 0.5
-    print(f"raw tau / ceiling: {mean['tau'] / mean['ceiling']:.3f}")
-    print(f"standard error of raw tau: {deviation:.4f}")
+    print(f"raw tau / ceiling: {tau.mean() / top:.3f}")
+    print(f"standard error of raw tau: {tau.std() / len(tau) ** 0.5:.4f}")
 
 
 def draw_picture(path: Path, net: SinkhornNetwork, held_out: Tensor, k: int) -> None:
@@ -427,7 +443,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Tensor]:
     kind = "photographs" if args.photographs else "digits"
     seconds = time.perf_counter() - begin
     print(f"{kind}, {k} x {k} pieces, {steps} steps, {seconds:.0f} s")
-    report(results, None if args.photographs else PAPER[k])
+    paper = None if args.photographs else PAPER[k]
+    report(results, chance(held_out, k), paper)
     draw_picture(args.picture, net, held_out, k)
     return results
 
