@@ -7,10 +7,11 @@
 
 Network and training are those of tutorials/jigsaw.py, at its default settings, tested
 on 1 000 held-out digits (or crops of two held-out photographs). Every puzzle has a line
-of raw errors and one up to identical pieces, which is blank ones mostly, with what the
-scrambled pieces have of the same; the paper's numbers are as recalled, not checked. A puzzle MISSES if the raw Kendall tau is below
-.995 for 2 x 2, or below .9, .8, .75 and .7 of the ceiling for 3 x 3 to 6 x 6; the exit
-status is the number of such puzzles. Photographs are reported, and miss nothing.
+of raw errors, and one up to identical pieces, which are blank ones mostly; then what
+the scrambled pieces have of the same, and what the paper has, as recalled and not
+checked. A puzzle MISSES if the raw Kendall tau is below .995 for 2 x 2, or below .9,
+.8, .75 and .7 of the ceiling for 3 x 3 to 6 x 6; the exit status is the number of such
+puzzles. Photographs are reported, and miss nothing.
 """
 
 from __future__ import annotations
