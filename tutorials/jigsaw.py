@@ -51,7 +51,9 @@ not on this scale.
 Expected, in half a minute on one quiet core (3 x 3, seed 0): Kendall tau .770, where
 .775 is the ceiling. Up to identical pieces 1.2% of the pieces are wrong, and 5% of the
 digits have an error; 89% and all of them at random, or 84% up to identical pieces. The
-paper has 9% and 28%, as recalled. benchmarks/jigsaw.py has the other sizes.
+paper has 9% and 28%, as recalled; its tau of .83 is above the ceiling here, so that it
+must have had fewer identical pieces, and raw errors cannot be compared with it.
+benchmarks/jigsaw.py has the other sizes.
 
 References:
     Mena, Belanger, Linderman and Snoek, "Learning latent permutations with
