@@ -51,8 +51,8 @@ not on this scale.
 Expected, in half a minute on one quiet core (3 x 3, seed 0): Kendall tau .770, where
 .775 is the ceiling. Up to identical pieces 1.2% of the pieces are wrong, and 5% of the
 digits have an error; 89% and all of them at random, or 84% up to identical pieces. The
-paper has 9% and 28%, as recalled; its tau of .83 is above the ceiling here, so that it
-must have had fewer identical pieces, and raw errors cannot be compared with it.
+paper has 9% and 28%, as recalled; its tau of .83 is above the ceiling here. If that is
+right it had fewer identical pieces, and raw errors cannot be compared with it.
 benchmarks/jigsaw.py has the other sizes.
 
 References:
@@ -88,7 +88,7 @@ PHOTOGRAPH = 48
 # Photographs that are files of scikit-image's wheel; the rest it would have to fetch.
 LEARNED = ("astronaut.png", "chelsea.png", "motorcycle_left.png", "retina.jpg")
 HELD_OUT = ("coffee.png", "rocket.jpg")
-# Kendall tau, proportion wrong, any wrong, l1, l2. Recalled, not checked.
+# Kendall tau, proportion wrong, any wrong, l1, l2. Recalled, with little confidence.
 PAPER = {
     2: (1.0, 0.0, 0.0, 0.0, 0.0),
     3: (0.83, 0.09, 0.28, 0.0, 0.0),
