@@ -30,7 +30,7 @@ from pyro_permutations.ranking_probability import (
 )
 
 _MOST_RANKINGS = 40320  # of 8 items; what enumerate_support and entropy go through
-_MOST_ITEMS = 64  # up to here marginals are integrated, which takes a second
+_MOST_ITEMS = 64  # up to here marginals are integrated: a second or two for each law
 _TOO_MANY = (
     "the {} is computed for at most {}. Beyond, use samples: d.sample((k,)), and "
     "d.marginals(k) for how likely each item is at each rank."
@@ -147,7 +147,8 @@ class PlackettLuce(TorchDistribution):
         """How likely each item is at each rank, and the standard errors.
 
         The last column is how likely a rank is empty, which only those of a short list
-        are. Exact up to 64 items, with errors of zero; frequencies in samples beyond.
+        are. Exact up to 64 items, with errors of zero, in a second or two for each
+        element of the batch if it has so many; frequencies in samples beyond.
         No gradient flows into them.
         """
         if num_samples < 1:
