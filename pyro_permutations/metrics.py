@@ -3,7 +3,9 @@
 """How far an estimated permutation is from the true one, for each element of a batch.
 
 A permutation is given as a matrix with ``P[i, j] = 1`` where item i goes to position j,
-or as integers, ``perm[i] = j``; integers are always read as the second.
+or as integers, ``perm[i] = j``; integers are always read as the second. For items that
+are to be sorted by numbers x these are ``x.argsort(-1).argsort(-1)``: a single argsort
+lists the items in order, which is the inverse.
 
 Example:
     >>> from pyro_permutations import metrics
@@ -80,7 +82,8 @@ def kendall_tau(
     if n == 1:
         return torch.ones_like(found[..., 0], dtype=dtype)
     agree = _order(found) * _order(true)
-    return agree.sum((-2, -1)).to(dtype) / (n * (n - 1))
+    # Half precision has no n (n - 1) for large n.
+    return (agree.sum((-2, -1)).double() / (n * (n - 1))).to(dtype)
 
 
 def l1(
@@ -155,6 +158,8 @@ def _order(perm: Tensor) -> Tensor:  # (*batch, n, n)
 def _differences(
     estimate: Tensor, truth: Tensor, items: Tensor
 ) -> Tensor:  # (*batch, entries of all items)
+    if not items.is_floating_point():  # pictures are often of whole numbers
+        items = items.to(torch.get_default_dtype())
     found, true = (
         to_matrix(_positions(P), items.dtype) if _is_indices(P) else P.to(items.dtype)
         for P in (estimate, truth)

@@ -20,8 +20,8 @@ class SinkhornNetwork(nn.Module):
         P = S\big((X + s\,\epsilon) / \tau\big) \text{ in training}, \qquad
         P = M(X) \text{ after } \texttt{eval()}
 
-    The module f sees an item alone, whichever place it has, and gives it a score for
-    every position. ``P[i, j]`` near one says that item i goes to position j, and
+    The module f sees an item, whichever place it has, and gives it a score for every
+    position. ``P[i, j]`` near one says that item i goes to position j, and
     :func:`~pyro_permutations.restore`, :math:`y = P^\top x`, puts the items there.
     Permuting the items permutes the rows of scores, whatever the weights are (unless
     the module itself draws at random, as dropout does), and so the rows of P, where the
@@ -43,7 +43,8 @@ class SinkhornNetwork(nn.Module):
 
     Args:
         f: A module from items ``(k, *item_shape)`` to scores ``(k, n)``: a
-            perceptron on numbers, a convolutional network on pieces of a picture.
+            perceptron on numbers, a convolutional network on pieces of a picture. It
+            may look at other items of a list, too, if it treats them all alike.
         temperature: Positive.
         noise: Scale s of the Gumbel noise in training; zero for none. With one it is
             the noise of :class:`~pyro_permutations.GumbelSinkhorn`.
@@ -53,7 +54,7 @@ class SinkhornNetwork(nn.Module):
     Raises:
         ValueError: If the temperature is not positive and finite, the noise is negative
             or not finite, the module gives another number of scores than there are
-            items, or they are NaN or infinite.
+            items, or they are NaN or +inf. A score of -inf forbids a position.
 
     References:
         Mena, Belanger, Linderman and Snoek, "Learning latent permutations with
@@ -129,6 +130,10 @@ class SinkhornNetwork(nn.Module):
         scores = noisy = self.scores(x)
         if not self.training:
             return matching(scores)
+        if not 0 <= self.noise < torch.inf:
+            raise ValueError(
+                f"noise must be finite and not negative, but is {self.noise}."
+            )
         if self.noise:
             # Rare draws are exactly zero, and half precision has too few numbers.
             wide = torch.promote_types(scores.dtype, torch.float32)

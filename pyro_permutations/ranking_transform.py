@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["RankingTransform", "soft_ranking"]
+__all__ = ["RankingTransform", "is_ranking_sample", "soft_ranking"]
 
 from typing import Any
 
@@ -182,7 +182,9 @@ class RankingTransform(Transform):
         tau = self.birkhoff._tau(x)
         # In units of the temperature here: its batch may be larger than that of x.
         X = _positions(graph)[:, None] * z / tau[..., None, None]
-        return with_log(log_sinkhorn_with_slack(X, 1.0, graph), graph, x.dtype)
+        P = with_log(log_sinkhorn_with_slack(X, 1.0, graph), graph, x.dtype)
+        P._soft_ranking = True  # type: ignore[attr-defined]
+        return P
 
     def _inverse(self, y: Tensor) -> Tensor:
         graph = graph_for(None, y)
@@ -213,6 +215,16 @@ class RankingTransform(Transform):
     def _lead(self, shape: torch.Size) -> torch.Size:
         tau = torch.as_tensor(self.birkhoff.temperature)
         return torch.Size(torch.broadcast_shapes(shape, tau.shape))
+
+
+def is_ranking_sample(value: Tensor) -> bool:
+    """Whether a value, or what it is a view of, was made by a RankingTransform.
+
+    Its density has n - 1 dimensions, and ratios to one of (n - 1)^2 mean nothing.
+    """
+    base = value._base
+    sources = (value,) if base is None else (value, base)
+    return any(getattr(source, "_soft_ranking", False) for source in sources)
 
 
 def _positions(graph: MatchingGraph) -> Tensor:  # (k,) float64

@@ -28,7 +28,7 @@ def restore(
             vectors, pictures.
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If the shapes do not fit, or the types.
 
     Example:
         >>> import torch
@@ -45,6 +45,10 @@ def restore(
             "expected P of shape (*batch, n, n) and items of shape (*batch, n, "
             f"*item_shape), got {tuple(P.shape)} and {tuple(items.shape)}. To apply "
             "several P to the same items, expand the items."
+        )
+    if items.dtype != P.dtype:
+        raise ValueError(
+            f"P is of type {P.dtype}, but items are {items.dtype}. Convert one of them."
         )
     # Not n - 1 of flatten: items may be numbers, and a batch may be empty.
     size = items.shape[len(lead) :].numel()

@@ -121,3 +121,11 @@ def test_what_is_no_permutation_is_refused() -> None:
         metrics.any_wrong(truth.expand(2, 3), truth.expand(4, 3))
     with pytest.raises(ValueError, match="shape"):
         metrics.l1(truth, truth, torch.randn(4))
+
+
+def test_half_precision_and_whole_numbers() -> None:
+    P = to_matrix(torch.randperm(300), torch.float16)
+    assert metrics.kendall_tau(P, P) == 1
+    pixels = torch.tensor([3, 5], dtype=torch.uint8)
+    found = metrics.l1(torch.tensor([1, 0]), torch.tensor([0, 1]), pixels)
+    assert found == 2

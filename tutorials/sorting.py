@@ -102,7 +102,9 @@ class Standardise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (*batch, n, 1) -> (*batch, n, n)
         """Permuting a list changes neither of the two: it is equivariant still."""
-        return self.network((x - x.mean(-2, keepdim=True)) / x.std(-2, keepdim=True))
+        spread = x.std(-2, keepdim=True, correction=0)
+        tiny = torch.finfo(x.dtype).tiny  # of equal numbers, or a single one
+        return self.network((x - x.mean(-2, keepdim=True)) / spread.clamp_min(tiny))
 
 
 def make(network: str, n: int) -> tuple[nn.Module, SinkhornNetwork]:

@@ -22,6 +22,7 @@ from torch.distributions.constraints import (
 from torch.nn.functional import pad
 
 from pyro_permutations.constraints import permutation_matrix
+from pyro_permutations.effective_draws import frequency_error
 from pyro_permutations.matching_graph import matching_graph
 from pyro_permutations.outside import holds
 from pyro_permutations.ranking_probability import (
@@ -161,12 +162,15 @@ class PlackettLuce(TorchDistribution):
             total: Tensor | float = 0.0
             for start in range(0, num_samples, 64):  # to keep the memory small
                 perm = self._draw(torch.Size((min(64, num_samples - start),)))
-                total = total + _one_hot(perm, self._n, self.logits.dtype).sum(0)
-            found = torch.as_tensor(total / num_samples)
-        empty = (1 - found.sum(-1, keepdim=True)).round().abs()  # it is certain
-        found = torch.cat([found, empty], -1)
-        variance = torch.zeros_like(found) if exact else found * (1 - found)
-        return found, (variance / num_samples).sqrt()
+                total = total + _one_hot(perm, self._n, torch.float64).sum(0)
+            found = torch.as_tensor(total / num_samples).to(self.logits.dtype)
+        ranks = torch.arange(self.top, device=found.device)
+        empty = (ranks >= self._lengths[..., None])[..., None]  # that is certain
+        found = torch.cat([found, empty.to(found.dtype)], -1)
+        error = frequency_error(found, torch.inf if exact else num_samples)
+        certain = empty.expand(found.shape).clone()
+        certain[..., -1] = True
+        return found, error.masked_fill(certain, 0.0)
 
     def entropy(self) -> Tensor:  # (*batch,)
         """Exact, where :meth:`enumerate_support` is possible."""
@@ -175,6 +179,7 @@ class PlackettLuce(TorchDistribution):
         log_p = ranking_log_probability(
             self.logits, perm.reshape(len(perm), *lead, self.top)
         )
+        log_p = log_p.clamp_min(-1000)  # of no weight, and finite
         return -(log_p * log_p.exp()).sum(0).to(self.logits.dtype)
 
     def expand(
@@ -214,7 +219,8 @@ class PlackettLuce(TorchDistribution):
             raise ValueError(
                 f"value is not in the support of {type(self).__name__}: expected "
                 f"{self._expected}. A relaxed guide needs a relaxed prior: "
-                "RelaxedPlackettLuce in the guide and in the model."
+                "RelaxedPlackettLuce in the guide and in the model. DiscreteKL_ELBO "
+                "takes UniformPermutation or GibbsMatching as the prior."
             )
         log_p = ranking_log_probability(self.logits, self._indices(value))
         return log_p.to(self.logits.dtype)

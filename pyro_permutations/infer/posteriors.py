@@ -21,7 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_permutations.distributions import GumbelSinkhorn
+from pyro_permutations.distributions import GumbelSinkhorn, RelaxedPlackettLuce
 from pyro_permutations.infer.permutation_sites import innermost
 from pyro_permutations.matching import matching, to_indices
 from pyro_permutations.posterior import MatchingPosterior
@@ -168,12 +168,15 @@ def _hard_draws(d: Any, num_samples: int) -> Tensor:  # (num_samples, *batch, n)
         if isinstance(d, GumbelSinkhorn):
             noisy = d.base_dist._noisy_scores(size).detach()
             draws.append(to_indices(matching(noisy, mask=d.graph)))
+        elif isinstance(d, RelaxedPlackettLuce):
+            draws.append(to_indices(d._hard.sample(size)))
         elif d.support.is_discrete and len(d.event_shape) == 2:
             draws.append(to_indices(d.sample(size)))
         else:
             raise ValueError(
                 "expected GumbelSinkhorn or a distribution of permutation matrices, "
                 f"got {type(d).__name__}. Soft draws P of another distribution are "
-                "hard ones after matching: MatchingPosterior(to_indices(matching(P)))."
+                "hard ones after matching: MatchingPosterior(to_indices(matching(P))); "
+                "draws that are indices are MatchingPosterior(perm, columns)."
             )
     return torch.cat(draws)

@@ -273,3 +273,20 @@ def test_a_prior_that_is_alone_has_no_loss():
             pyro.sample("P", RelaxedPlackettLuce(torch.zeros(4), temperature, 2))
 
     assert abs(Trace_ELBO().loss(prior, prior)) < SAME
+
+
+def test_a_gumbel_sinkhorn_prior_refuses_soft_rankings():
+    """Their densities have n - 1 and (n - 1)^2 dimensions: a ratio means nothing."""
+
+    def model():
+        pyro.sample("P", GumbelSinkhorn(torch.zeros(4, 4), 0.5))
+
+    def guide():
+        pyro.sample("P", RelaxedPlackettLuce(torch.zeros(4), 0.5))
+
+    for particles in (1, 3):
+        elbo = Trace_ELBO(
+            num_particles=particles, vectorize_particles=True, max_plate_nesting=0
+        )
+        with pytest.raises(ValueError, match="soft ranking of RelaxedPlackettLuce"):
+            elbo.loss(model, guide)
