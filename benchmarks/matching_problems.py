@@ -29,7 +29,6 @@ from pyro_permutations import (
     to_indices,
 )
 
-
 LISTED = 6  # items
 
 

@@ -250,8 +250,8 @@ class GumbelSinkhorn(TransformedDistribution):
         """Log density with respect to Lebesgue measure on the free cells."""
         if is_ranking_sample(value):
             raise ValueError(
-                "value is a soft ranking of RelaxedPlackettLuce, whose density has n - 1 "
-                "dimensions. Use RelaxedPlackettLuce in the model as in the "
+                "value is a soft ranking of RelaxedPlackettLuce, whose density has "
+                "n - 1 dimensions. Use RelaxedPlackettLuce in the model as in the "
                 "guide, RelaxedPlackettLuce(torch.zeros(n), temperature) for a flat "
                 "prior."
             )
