@@ -85,6 +85,7 @@ def posterior_from_guide(
         ValueError: If the guide has no such site, or one of another kind.
 
     Example:
+        >>> import pyro
         >>> def guide():
         ...     logits = pyro.param("logits", torch.zeros(3, 3))
         ...     pyro.sample("P", GumbelSinkhorn(logits, 0.5))

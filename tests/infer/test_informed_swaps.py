@@ -520,4 +520,5 @@ def test_a_batch_of_different_masks() -> None:
         S = torch.nn.functional.pad(permutations(size), (0, 3 - size, 0, 3 - size))
         S = S[(allowed | (S == 0)).all(-1).all(-1)]
         exact.append(by_enumeration(S, (S * scores).sum((-1, -2))))
-    check_marginals(run(model, 1500, replicas=1)["P"], torch.stack(exact))
+    # The first has three matchings, a ring, that only rare cycles connect.
+    check_marginals(run(model, 4000, replicas=1)["P"], torch.stack(exact))
