@@ -29,7 +29,8 @@ from matching_problems import (
     fit_discrete_kl,
     fit_relaxed,
     gibbs_targets,
-    law_of_draws,
+    hard_draws,
+    law_of,
     noisy_points,
     one_doubtful_pair,
     total_variation,
@@ -273,7 +274,7 @@ def answers(quick: bool) -> int:
         problem = noisy_points(repetitions, sigma, seed=0)
         law, _ = problem.exact()
         guide, seconds = fitted(fit_discrete_kl, problem)
-        own = bhattacharyya(law, law_of_draws(guide, draws))
+        own = bhattacharyya(law, law_of(hard_draws(guide, draws)))
         point = -0.5 * law.amax(-1).log()
         flat = bhattacharyya(law, torch.full_like(law, 1 / law.shape[-1]))
         limit = min(bound, point.mean().item(), flat.mean().item())

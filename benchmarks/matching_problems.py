@@ -12,30 +12,46 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import MCMC, SVI, Trace_ELBO
 from torch import Tensor
 
 from pyro_permutations import (
     DiscreteKL_ELBO,
     GumbelSinkhorn,
+    InformedSwaps,
     UniformPermutation,
     matching,
     to_indices,
 )
 
+LISTED = 6  # items
+
 
 @dataclass
 class Problem:
-    """A batch of R problems of n items."""
+    """A batch of R problems of n items: data, and how likely they make a matching."""
 
-    repetitions: int
+    data: tuple[Tensor, ...]  # (R, *shape) each
     items: int
-    log_likelihood: Callable[[Tensor], Tensor]  # (*lead, R, n, n) -> (*lead, R)
+    likelihood: Callable[..., Tensor]  # P (*lead, R, n, n), *data -> (*lead, R)
+
+    def __getitem__(self, r: int) -> Problem:
+        """A batch of one of them."""
+        return replace(self, data=tuple(x[r : r + 1] for x in self.data))
+
+    @property
+    def repetitions(self) -> int:
+        """The number R."""
+        return len(self.data[0])
+
+    def log_likelihood(self, P: Tensor) -> Tensor:  # (*lead, R, n, n) -> (*lead, R)
+        """The log likelihood of matchings, differentiable in them."""
+        return self.likelihood(P, *self.data)
 
     def exact(self) -> tuple[Tensor, Tensor]:  # (R, n!), (R, n, n)
         """The posterior of all permutations, in order, and its marginals."""
@@ -55,16 +71,84 @@ def noisy_points(repetitions: int, sigma: float, seed: int) -> Problem:
     order = torch.rand(repetitions, 6, generator=generator).argsort(-1)
     seen = points.gather(1, order[..., None].expand(shape)) + sigma * noise
 
-    def log_likelihood(P: Tensor) -> Tensor:
+    def likelihood(P: Tensor, points: Tensor, seen: Tensor) -> Tensor:
         return dist.Normal(P @ points, sigma).log_prob(seen).sum((-2, -1))
 
-    return Problem(repetitions, 6, log_likelihood)
+    return Problem((points, seen), 6, likelihood)
 
 
 def two_item_odds(probabilities: Tensor) -> Problem:
     """Two items, with given probabilities of the identity."""
     odds = torch.logit(probabilities.double())
-    return Problem(len(odds), 2, lambda P: P[..., 0, 0] * odds)
+    return Problem((odds,), 2, lambda P, odds: P[..., 0, 0] * odds)
+
+
+def mirror_images(repetitions: int, seed: int) -> Problem:
+    """Four places on a line from their noisy distances: two modes, equally likely."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.tensor([0.0, 1.0, 3.0, 4.0], dtype=torch.float64)
+    distance = (place[:, None] - place).abs()
+    order = torch.rand(repetitions, 4, generator=generator).argsort(-1)
+    noise = torch.randn(repetitions, 4, 4, generator=generator, dtype=torch.float64)
+    seen = distance[order[:, :, None], order[:, None]] + 0.3 * noise
+
+    def likelihood(P: Tensor, seen: Tensor) -> Tensor:
+        return dist.Normal(P @ distance @ P.mT, 0.3).log_prob(seen).sum((-2, -1))
+
+    return Problem((seen,), 4, likelihood)
+
+
+def mallows(repetitions: int, seed: int) -> Problem:
+    """The order that ten rankings of five items scatter about, by the footrule."""
+    theta, rankers, n = 0.3, 10, 5
+    generator = torch.Generator().manual_seed(seed)
+    perm = torch.tensor(list(itertools.permutations(range(n))))
+    weight = (-theta * (perm - torch.arange(n)).abs().sum(-1).double()).exp()
+    drawn = torch.multinomial(
+        weight, repetitions * rankers, replacement=True, generator=generator
+    )
+    ranks = perm[drawn].reshape(repetitions, rankers, n)  # about the identity
+    # Of putting item i in place j, the distance to all rankings.
+    cost = (ranks[..., None] - torch.arange(n)).abs().sum(1).double()
+
+    def likelihood(P: Tensor, cost: Tensor) -> Tensor:
+        return -theta * (P * cost).sum((-2, -1))
+
+    return Problem((cost,), n, likelihood)
+
+
+def causal_orders(repetitions: int, seed: int) -> Problem:
+    r"""The order of five variables, each a sum of those before it and noise.
+
+    Every one depends on all before it, weights and noise are N(0, 1), and the weights
+    are integrated out. With S the products of the variables in order, summed over ten
+    observations, and L the Cholesky factor of S + I, the evidence of variable k given
+    those before it is that of a Bayesian regression,
+
+    .. math:: -\tfrac12 (L_{kk}^2 - 1) - \sum_{l < k} \log L_{ll},
+
+    since L_kk^2 is a Schur complement, and the L_ll^2 are a determinant.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n, observations = 5, 10
+    weights = torch.randn(repetitions, n, n, generator=generator, dtype=torch.float64)
+    noise = torch.randn(
+        repetitions, observations, n, generator=generator, dtype=torch.float64
+    )
+    mixing = torch.eye(n, dtype=torch.float64) - weights.tril(-1)
+    x = torch.linalg.solve_triangular(mixing, noise.mT, upper=False).mT
+    order = torch.rand(repetitions, 1, n, generator=generator).argsort(-1)
+    x = x.gather(-1, order.expand(x.shape))
+    products = x.mT @ x
+
+    def likelihood(P: Tensor, products: Tensor) -> Tensor:
+        S = P @ products @ P.mT
+        pivot = torch.linalg.cholesky(S + torch.eye(n, dtype=S.dtype))
+        pivot = pivot.diagonal(dim1=-2, dim2=-1)
+        later = torch.arange(n - 1, -1, -1, dtype=S.dtype)  # variables after each
+        return -0.5 * pivot.square().sum(-1) - (later * pivot.log()).sum(-1)
+
+    return Problem((products,), n, likelihood)
 
 
 def gibbs_targets(repetitions: int, items: int, scale: float, seed: int) -> Problem:
@@ -72,7 +156,7 @@ def gibbs_targets(repetitions: int, items: int, scale: float, seed: int) -> Prob
     generator = torch.Generator().manual_seed(seed)
     shape = (repetitions, items, items)
     X = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-    return Problem(repetitions, items, lambda P: (P * X).sum((-2, -1)))
+    return Problem((X,), items, lambda P, X: (P * X).sum((-2, -1)))
 
 
 def one_doubtful_pair(items: int, probability: float) -> Problem:
@@ -80,7 +164,7 @@ def one_doubtful_pair(items: int, probability: float) -> Problem:
     X = 12 * torch.eye(items, dtype=torch.float64)
     swap = (math.log(1 / probability - 1) + 24) / 2  # twice this is lost and gained
     X[0, 1] = X[1, 0] = swap
-    return Problem(1, items, lambda P: (P * X).sum((-2, -1)))
+    return Problem((X[None],), items, lambda P, X: (P * X).sum((-2, -1)))
 
 
 # %% Fits
@@ -107,6 +191,23 @@ def fit_discrete_kl(
         marginal_samples=particles,
     )
     return _trained(problem, model, elbo, (0.5, 0.05), steps, rate)
+
+
+def sample_swaps(problem: Problem, *, chains: int = 4, steps: int = 2000) -> Tensor:
+    """Draws of informed swaps as indices, (chains * steps, n), of a batch of one."""
+
+    def model() -> None:
+        P = pyro.sample("P", UniformPermutation(problem.items))
+        pyro.factor("likelihood", problem.log_likelihood(P[None])[0])
+
+    draws = []
+    for _ in range(chains):
+        mcmc = MCMC(
+            InformedSwaps(model), steps, warmup_steps=steps // 10, disable_progbar=True
+        )
+        mcmc.run()
+        draws.append(to_indices(mcmc.get_samples()["P"]))
+    return torch.cat(draws)
 
 
 def fit_relaxed(
@@ -164,17 +265,29 @@ def all_permutations(n: int) -> Tensor:  # (n!, n, n)
     return torch.eye(n, dtype=torch.float64)[perm]
 
 
-def law_of_draws(guide: GumbelSinkhorn, draws: int) -> Tensor:  # (R, n!)
-    """Frequencies of permutations, in order, among hard draws."""
-    repetitions, n, _ = guide.logits.shape
-    counts = torch.zeros(repetitions, math.factorial(n), dtype=torch.float64)
-    for start in range(0, draws, 1000):
-        size = min(1000, draws - start)
+def hard_draws(guide: GumbelSinkhorn, draws: int) -> Tensor:  # (draws, R, n)
+    """Best matchings of noisy scores, as indices."""
+    n = guide.logits.shape[-1]
+    found = []
+    for start in range(0, draws, 100):
+        size = min(100, draws - start)
         noise = torch.empty(size, *guide.logits.shape, dtype=torch.float64)
         scores = guide.logits - noise.exponential_().log()
-        rank = lexicographic_rank(to_indices(matching(scores)))  # (size, R)
-        counts.scatter_add_(1, rank.mT, torch.ones_like(rank.mT, dtype=counts.dtype))
-    return counts / draws
+        if n <= LISTED:  # the product with all matrices is faster than solving
+            every = all_permutations(n)
+            totals = scores.flatten(-2).float() @ every.flatten(1).mT.float()
+            found.append(to_indices(every)[totals.argmax(-1)])
+        else:
+            found.append(to_indices(matching(scores)))
+    return torch.cat(found)
+
+
+def law_of(perm: Tensor) -> Tensor:  # (draws, R, n) -> (R, n!)
+    """Frequencies of permutations, in order, among draws."""
+    rank = lexicographic_rank(perm).mT
+    counts = torch.zeros(len(rank), math.factorial(perm.shape[-1]), dtype=torch.float64)
+    counts.scatter_add_(1, rank, torch.ones_like(rank, dtype=counts.dtype))
+    return counts / len(perm)
 
 
 def lexicographic_rank(perm: Tensor) -> Tensor:  # (*lead, n) -> (*lead,)

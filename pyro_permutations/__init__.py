@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributions over permutations and matchings for Pyro."""
 
-from pyro_permutations.birkhoff import birkhoff_decomposition
+from pyro_permutations import metrics
 from pyro_permutations.carried_log import log_of, slack_of
 from pyro_permutations.constraints import (
     contrasts,
@@ -15,6 +15,9 @@ from pyro_permutations.distributions import (
     GumbelMatching,
     GumbelSinkhorn,
     GumbelSinkhornStraightThrough,
+    PlackettLuce,
+    PlackettLuceIndices,
+    RelaxedPlackettLuce,
     UniformPermutation,
     noise_kl,
 )
@@ -22,7 +25,6 @@ from pyro_permutations.infer import (
     DiscreteKL_ELBO,
     InformedSwaps,
     MatchingDraws,
-    Mixing,
     mixing,
     posterior_by_enumeration,
     posterior_from_guide,
@@ -33,6 +35,7 @@ from pyro_permutations.infer import (
 from pyro_permutations.link_count import link_count_prior
 from pyro_permutations.matching import matching, to_indices, to_matrix
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.nn import SinkhornNetwork
 from pyro_permutations.permanents import (
     bethe_log_permanent,
     calibrated_entropy,
@@ -40,8 +43,10 @@ from pyro_permutations.permanents import (
     log_permanent,
     sinkhorn_log_permanent,
 )
-from pyro_permutations.plot import heat_map, structural_order
-from pyro_permutations.posterior import Candidate, MatchingPosterior, Matchings
+from pyro_permutations.plot import plot_marginals
+from pyro_permutations.posterior import MatchingPosterior
+from pyro_permutations.ranking_transform import RankingTransform, soft_ranking
+from pyro_permutations.restore import restore
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
 from pyro_permutations.transforms import (
     BirkhoffTransform,
@@ -54,7 +59,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BirkhoffTransform",
-    "Candidate",
     "ContrastsTransform",
     "ConvergenceWarning",
     "DiscreteKL_ELBO",
@@ -68,35 +72,39 @@ __all__ = [
     "MatchingDraws",
     "MatchingGraph",
     "MatchingPosterior",
-    "Matchings",
-    "Mixing",
+    "PlackettLuce",
+    "PlackettLuceIndices",
+    "RankingTransform",
+    "RelaxedPlackettLuce",
+    "SinkhornNetwork",
     "SinkhornTransform",
     "UniformPermutation",
     "bethe_log_permanent",
-    "birkhoff_decomposition",
     "calibrated_entropy",
     "calibrated_log_permanent",
     "contrasts",
     "doubly_stochastic",
-    "heat_map",
     "link_count_prior",
     "log_of",
     "log_permanent",
     "log_sinkhorn",
     "matching",
     "matching_graph",
+    "metrics",
     "mixing",
     "noise_kl",
     "permutation_matrix",
+    "plot_marginals",
     "posterior_by_enumeration",
     "posterior_from_guide",
     "posterior_from_mcmc",
     "posterior_of",
     "relax",
+    "restore",
     "sinkhorn",
     "sinkhorn_log_permanent",
     "slack_of",
-    "structural_order",
+    "soft_ranking",
     "to_indices",
     "to_matrix",
 ]

@@ -183,11 +183,3 @@ doubly_stochastic = _DoublyStochastic()
 straight_through = _StraightThrough()
 contrasts = _Contrasts
 permutation_matrix = _PermutationMatrix()
-
-
-def holds(condition: Tensor) -> bool:
-    """Whether a condition holds everywhere; True where no value may be looked at."""
-    try:
-        return bool(condition.all())
-    except RuntimeError:  # under torch.func.vmap
-        return True

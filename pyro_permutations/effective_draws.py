@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_permutations project.
 # SPDX-License-Identifier: Apache-2.0
-"""How sure a frequency is, and how many independent draws Markov chains are worth."""
+"""How many independent draws Markov chains are worth."""
 
 from __future__ import annotations
 
-__all__ = ["effective_counts", "effective_draws", "standard_error"]
+__all__ = ["effective_counts", "effective_draws", "frequency_error"]
 
 import torch
 from torch import Tensor
@@ -94,14 +94,15 @@ def effective_counts(
     return torch.where(size.isinf(), least if least.isfinite() else 2.0 * chains, size)
 
 
-def standard_error(
+def frequency_error(
     frequency: Tensor,
-    size: Tensor,  # of a shape that broadcasts; infinite: no error
+    size: Tensor | float,  # number of independent draws, inf if it is exact
 ) -> Tensor:
     """Standard error of a frequency among so many draws, and half a one each way.
 
-    The halves are there for 0 and 1: what was never drawn is not known to be never.
+    So what was never or always drawn has an error, too, about .7 over the number.
     """
+    size = torch.as_tensor(size, dtype=frequency.dtype, device=frequency.device)
     if bool(size.isinf().all()):
         return torch.zeros_like(frequency)
     p = (frequency * size + 0.5) / (size + 1)

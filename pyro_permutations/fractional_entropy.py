@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["calibrated_entropy", "entropy_terms", "fraction"]
+__all__ = ["COUNTED", "calibrated_entropy", "entropy_terms", "fraction"]
 
 import math
 from functools import lru_cache
@@ -16,15 +16,19 @@ from pyro_permutations.fractional_solver import fractional_maximum
 from pyro_permutations.matching_blocks import Block, blocks, sum_blocks, take_block
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
 from pyro_permutations.matching_parts import flattened
+from pyro_permutations.outside import holds
 from pyro_permutations.subset_recursion import log_sum
 
 # With a mask the matchings of blocks of up to this many items are counted, so many
 # masks at a time.
-_COUNTED = 16
+COUNTED = 16
 _TOGETHER = 64
 # The log of the number of matchings is met to this.
 _PRECISION = 1e-9
 _MOST_STEPS = 50
+# Marginals are frequencies, and means of matrices that are doubly stochastic to 1e-3
+# in half precision.
+_ROUNDING = 1e-3
 
 
 def calibrated_entropy(
@@ -58,6 +62,10 @@ def calibrated_entropy(
     Returns:
         Nats, ``(*batch,)``. The slope at marginals of zero is large, but finite.
 
+    Raises:
+        ValueError: If marginals are NaN, negative, larger than one or not zero where no
+            matching has the pair, by more than rounding, 1e-3 (NaN counts as that).
+
     References:
         Chertkov and Yedidia, "Approximating the permanent with fractional belief
         propagation" (2013), for the family.
@@ -74,6 +82,12 @@ def calibrated_entropy(
     lead = torch.broadcast_shapes(marginals.shape[:-2], graph.batch_shape)
     flat, graph = flattened(torch.Size(lead), graph)
     B = marginals.double().expand(*lead, n, m).reshape(*flat, n, m)
+    most = torch.where(graph.support, 1 + _ROUNDING, _ROUNDING)
+    if not holds((B >= -_ROUNDING) & (most >= B)):
+        raise ValueError(
+            "marginals must be probabilities, between 0 and 1 and 0 where no matching "
+            "has the pair, got other entries or NaN."
+        )
     values = []
     for k, block in enumerate(blocks(graph)):
         pairs, rest = entropy_terms(take_block(B, block), block)
@@ -123,7 +137,7 @@ def _fraction(block: Block) -> Tensor:  # (C,)
     alike = all(bool(x.all()) for x, loose in zip(free, some, strict=True) if loose)
     # Not for partial matchings: there the largest entropy has another number of pairs.
     closed = alike and not all(some) and bool(block.mask.all())
-    if block.size > _COUNTED or closed:
+    if block.size > COUNTED or closed:
         known = _full(min(s, t), max(s, t), all(some))
         return torch.full((C,), known, dtype=torch.float64, device=device)
     zeros = torch.zeros(C, s, t, dtype=torch.float64, device=device)

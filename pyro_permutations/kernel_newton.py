@@ -21,16 +21,13 @@ __all__ = [
     "large",
     "newton",
     "replaced",
+    "small",
     "times",
-    "tiny",
 ]
 
 # The largest error of a sum that a temperature on the way is left with.
 STAGE_TOLERANCE = 0.1
 MOST_STEPS = 60
-# At low temperatures gradients feel errors of the sums many times over. Errors of more
-# than this share of the tolerance are taken away, where there is a factorization.
-_SHARP = 1e-2
 # No potential moves further in one step; and none further than that since the kernel
 # was made, which is raised to a floor where it is less.
 _LONGEST = 20.0
@@ -90,13 +87,12 @@ def newton(
     return _iterated(system, state, target, mild, steps, 0.0)
 
 
-def tiny(kernel: Tensor) -> bool:
+def small(kernel: Tensor) -> bool:
     """Whether to factorize rather than iterate: the rule that chooses.
 
     Up to 48 columns a Cholesky factorization costs less than the few products with a
-    vector that conjugate gradients take. A step is so cheap then, beside a kernel at a
-    new temperature, that temperatures fall by four instead of two. Larger ones iterate,
-    and where that is slow an element is factorized from then on.
+    vector that conjugate gradients take. Larger ones iterate, and where that is slow
+    an element is factorized from then on.
     """
     return int(kernel.shape[-1]) <= 48
 
@@ -124,9 +120,7 @@ def times(x: Tensor, matrix: Tensor) -> Tensor:
     return torch.bmm(x, matrix)
 
 
-def factorized(
-    system: System, u: Tensor, v: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor]:
+def factorized(system: System, u: Tensor, v: Tensor, b: Tensor) -> Tensor:
     """Solve (diag(sums) - P' diag(1 / r) P) d = b for P = diag(u) K diag(v).
 
     By Cholesky, the diagonal a sum of what is off it, with a ridge of 1e-14; slack is
@@ -151,7 +145,7 @@ def factorized(
         ridge *= 100
         diagonal.add_(ridge * (failed > 0)[:, None])
         factor, failed = torch.linalg.cholesky_ex(laplacian)
-    return torch.cholesky_solve(b.mT, factor).mT, factor
+    return torch.cholesky_solve(b.mT, factor).mT
 
 
 def conjugate_gradients(
@@ -170,24 +164,26 @@ def conjugate_gradients(
     kernel, _, rows, _ = system
     w = u.square() / rows
     squares = kernel.square() if squares is None else squares
-    diagonal = (sums - v.square() * times(w, squares)).clamp_min(1e-10)
+    inverse = (sums - v.square() * times(w, squares)).clamp_min(1e-10).reciprocal()
     x, r = torch.zeros_like(b), b
-    z = r / diagonal
-    p, rz = z, (r * z).sum(-1, keepdim=True)
+    p = z = r * inverse
+    rz = (r * z).sum(-1, keepdim=True)
     largest = r.abs().amax(-1, keepdim=True)
     # To look at the error costs nothing on a CPU, and elsewhere a synchronisation.
     every = 1 if kernel.device.type == "cpu" else 8
     for k in range(max(32, kernel.shape[-1] // 4)):
-        if k % every == 0 and bool((largest <= stop).all()):
+        going = largest > stop
+        if k % every == 0 and not bool(going.any()):
             break
-        ap = sums * p - v * times(w * times(v * p, kernel.mT), kernel)
+        through = times(w * times(v * p, kernel.mT), kernel)
+        ap = torch.addcmul(sums * p, v, through, value=-1)
         step = rz / (p * ap).sum(-1, keepdim=True).clamp_min(1e-300)
-        step = torch.where(largest > stop, step, 0.0)
-        x = x + step * p
-        r = r - step * ap
-        z = r / diagonal
+        step = torch.where(going, step, 0.0)
+        x = torch.addcmul(x, step, p)
+        r = torch.addcmul(r, step, ap, value=-1)
+        z = r * inverse
         rz, last = (r * z).sum(-1, keepdim=True), rz
-        p = z + rz / last.clamp_min(1e-300) * p
+        p = torch.addcmul(z, rz / last.clamp_min(1e-300), p)
         largest = r.abs().amax(-1, keepdim=True)
     return x, ~(largest <= stop)  # NaN too
 
@@ -202,21 +198,13 @@ def _iterated(
 ) -> tuple[State, int]:
     """Steps until errors are below the target or v is far from where it was."""
     kernel, _, _, columns = system
-    squares = factor = None
-    small = tiny(kernel)
+    squares = None
     while steps < MOST_STEPS and travelled < _FARTHEST:
         left = state.error > target
         if not bool(left.any()):
-            if factor is not None:
-                sharp = torch.where(target < STAGE_TOLERANCE, _SHARP * target, target)
-                state = _sharpened(system, state, factor, sharp)
             break
         # On the way further steps improve what is done, for the next temperature.
-        if (
-            not small
-            and large(kernel)
-            and few(left := left | (target >= STAGE_TOLERANCE))
-        ):
+        if large(kernel) and few(left := left | (target >= STAGE_TOLERANCE)):
             squares, index = None, left.flatten().nonzero()[:, 0]
             some = system.at(index), State(*(x[index] for x in state)), target[index]
             inner, steps = _iterated(*some, mild, steps, travelled)
@@ -230,7 +218,7 @@ def _iterated(
             mild = bool(((smaller < 0.6 * error) | (smaller <= target)).all())
         else:
             lacking = columns - sums
-            if not small and not bool(direct.all()):
+            if not bool(direct.all()):
                 squares = kernel.square() if squares is None else squares
                 stop = _close_enough(lacking, target)
                 stop = torch.where(direct, torch.inf, stop)
@@ -238,12 +226,12 @@ def _iterated(
                     system, u, v, sums, lacking, stop, squares
                 )
                 direct = direct | slow
-            if small or bool(direct.all()):
-                move, factor = factorized(system, u, v, lacking)
+            if bool(direct.all()):
+                move = factorized(system, u, v, lacking)
             elif bool(direct.any()):
                 squares, index = None, direct.flatten().nonzero()[:, 0]
                 slow_ones = (x[index] for x in (u, v, lacking))
-                move[index], _ = factorized(system.at(index), *slow_ones)
+                move[index] = factorized(system.at(index), *slow_ones)
             length = float(move.abs().amax())
             if length > 1.5:
                 v, sums = _line_search(system, v, lacking, move)
@@ -255,22 +243,6 @@ def _iterated(
         state = State(v, u, sums, _error(sums, columns), direct)
         steps += 1
     return state, steps
-
-
-def _sharpened(system: System, state: State, factor: Tensor, target: Tensor) -> State:
-    """A few steps more with an old factor, which costs little."""
-    for _ in range(3):
-        if not bool((state.error > target).any()):
-            break
-        lacking = (system.columns - state.sums).mT
-        move = torch.cholesky_solve(lacking, factor).mT
-        v = state.v * move.clamp_(-1.0, 1.0).exp()  # what is hardly tied may run away
-        u, sums = _sweep(system, v)
-        error = _error(sums, system.columns)
-        if not bool((error <= state.error.amax()).all()):
-            break
-        state = State(v, u, sums, error, state.direct)
-    return state
 
 
 def _sweep(system: System, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ from pyro_permutations.kernel_newton import (
     large,
     newton,
     replaced,
+    small,
     times,
-    tiny,
 )
+from pyro_permutations.kernel_squaring import scale_by_squaring
 from pyro_permutations.matching_graph import WIRE
 
 __all__ = ["Scaling", "scale_kernel", "solve_marginals", "spread"]
@@ -69,14 +70,47 @@ def scale_kernel(
 ) -> Scaling:
     """Matrix exp(scores + f_i + g_j) of given sums to an absolute tolerance, float64.
 
-    Row potentials are eliminated: with K of unit row sums and v over columns,
-    u = r / (K v) makes rows exact, and c - v K'u is the whole error. Products with a
-    vector are all that a step costs. Temperatures fall to one from where the scores
-    are mild, and the potentials, nearly linear in the temperature, are extrapolated.
+    By Newton's method on the column potentials, those of the rows eliminated. To begin
+    within its reach temperatures fall to one from where the scores are mild, and the
+    potentials, nearly linear in the temperature, are extrapolated. Small kernels are
+    factorized and squared; large ones, and what that gives up, need products with
+    vectors only.
 
     With slack the last row and column are those of a matching graph. No sums are asked
-    of them and their potentials stay zero: what is in them leaks from the rows and
-    drains into the columns.
+    of them and their potentials stay zero.
+    """
+    if not scores.numel():
+        return Scaling(scores, columns, 0.0, 0)
+    case: dict[str, Any] = {"tol": tol, "slack": slack, "masked": masked}
+    method = scale_by_squaring if small(scores) else _scale_by_products
+    (p, g, error), steps = method(scores, rows, columns, **case)
+    residual = float(error.amax())
+    if small(scores) and not residual <= tol:  # NaN too
+        index = (~(error <= tol)).flatten().nonzero()[:, 0]
+        some = (x[index] for x in (scores, rows, columns))
+        inner, steps = _scale_by_products(*some, **case)
+        p, g, error = replaced((p, g, error), index, inner)
+        residual = float(error.amax())
+    return Scaling(p, g, residual, steps)
+
+
+def _scale_by_products(
+    scores: Tensor,  # (b, n, m), -inf where forbidden
+    rows: Tensor,  # (b, 1, n)
+    columns: Tensor,  # (b, 1, m)
+    *,
+    tol: float,
+    slack: bool,
+    masked: bool,
+) -> tuple[tuple[Tensor, ...], int]:
+    """Matrix, potentials (b, 1, m), errors (b, 1, 1); and the number of steps.
+
+    With K of unit row sums and v over columns, u = r / (K v) makes rows exact, and
+    c - v K'u is the whole error. Products with a vector are all that a step costs.
+    Temperatures halve down to one, and the potentials are extrapolated.
+
+    With slack no sums are asked of the last row and column, and their potentials stay
+    zero: what is in them leaks from the rows and drains into the columns.
     """
     first = _FIRST * spread(scores, slack=slack, masked=masked)
     ties = None
@@ -89,19 +123,14 @@ def scale_kernel(
         ties = ties[0].mT - top, ties[1]
     t = torch.where(first < 2, 1.0, first)
     start = torch.zeros_like(columns)
-    direct = torch.full_like(t, int(tiny(scores)), dtype=torch.bool)  # int for jit
-    shrink = 0.25 if tiny(scores) else 0.5
+    system = System(scores - top, ties, rows, columns)
+    path = _Path(start, t, start, t, torch.zeros_like(t, dtype=torch.bool))
     (p, g, error, *slacks), steps = _cooled(
-        System(scores - top, ties, rows, columns),
-        _Path(start, t, start, t, direct),
-        tol,
-        shrink,
-        steps=0,
-        masked=masked,
+        system, path, tol, 0.5, steps=0, masked=masked
     )
     if slack:
         p, g = _together(p, *slacks), pad(g, (0, 1))
-    return Scaling(p, g, float(error.amax()) if error.numel() else 0.0, steps)
+    return (p, g, error), steps
 
 
 def _cooled(
@@ -209,15 +238,15 @@ def solve_marginals(
     one_n, one_m = torch.ones_like(r), torch.ones_like(c)
     system = System(p, leaks, r, c)
     rest = b - times(a / r, p)
-    if tiny(p):
-        y, _ = factorized(system, one_n, one_m, rest)
+    if small(p):
+        y = factorized(system, one_n, one_m, rest)
     else:
         stop = 1e-8 * rest.abs().amax(-1, keepdim=True)
         y, slow = conjugate_gradients(system, one_n, one_m, c, rest, stop)
         if bool(slow.any()):
             index = slow.flatten().nonzero()[:, 0]
             some = (x[index] for x in (one_n, one_m, rest))
-            y[index], _ = factorized(system.at(index), *some)
+            y[index] = factorized(system.at(index), *some)
     x = (a - times(y, p.mT)) / r
     return (pad(x, (0, 1)), pad(y, (0, 1))) if slack else (x, y)
 
@@ -240,7 +269,7 @@ def _kernel(
     The leaks are part of the row sums. They are kept apart from the kernel because no
     equation belongs to the slack.
     """
-    x = (base + potential).div_(t)
+    x = (base + potential).mul_(1 / t)  # division takes twice as long
     top = x.amax(-1, keepdim=True)
     if ties is not None:
         top = torch.maximum(top, ties[0] / t)
@@ -248,8 +277,8 @@ def _kernel(
     x = x.clamp_min_(_FLOOR).exp_()
     total = x.sum(-1, keepdim=True)
     if ties is None:
-        return x.div_(total), None
+        return x.mul_(1 / total), None
     leak = (ties[0] / t - top).exp()
     total += leak
     drain = ((ties[1] + potential) / t).clamp_max(_HIGHEST).exp()
-    return x.div_(total), ((leak / total).mT, drain)
+    return x.mul_(1 / total), ((leak / total).mT, drain)

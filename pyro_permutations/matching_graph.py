@@ -25,6 +25,7 @@ from pyro_permutations.mask_analysis import (
     analyse,
     may_stay_unmatched,
 )
+from pyro_permutations.outside import outside
 
 # Log weight of the wire between the slack of the rows and that of the columns: its
 # inverse is nothing beside a sum of one, and it is far from the range of float64.
@@ -159,18 +160,12 @@ class MatchingGraph:
     def expand(self, batch_shape: Sequence[int]) -> MatchingGraph:
         """Return the graph with a larger batch; nothing is copied or analysed again."""
         batch = torch.Size([int(size) for size in batch_shape])
-        own = len(self.batch_shape)
         if batch == self.batch_shape:
             return self
         if batch not in self._expanded:
             if len(self._expanded) >= 8:  # more shapes than one model uses
                 self._expanded.clear()
-            parts: dict[str, Any] = {
-                name: part.expand(batch + part.shape[own:])
-                for name, part in self.__getstate__().items()
-                if isinstance(part, Tensor)
-            }
-            self._expanded[batch] = replace(self, **parts)
+            self._expanded[batch] = _expanded(self, batch)
         return self._expanded[batch]
 
     def __eq__(self, other: object) -> bool:
@@ -228,6 +223,7 @@ class MatchingGraph:
         return hash((tuple(self.allowed.shape), crc32(bits.tobytes())))
 
     @cached_property
+    @outside
     def _components(self) -> list[ComponentGroup]:
         n, m = self.size
         cells = _array(self.cells).reshape(-1, n, m)
@@ -423,9 +419,18 @@ def _bools(bits: bytes, shape: tuple[int, ...]) -> BoolArray:
 
 
 def _tensor(array: NDArray[Any], device: torch.device) -> Tensor:
-    # Graphs outlive the mode in which they were first asked for.
-    with torch.inference_mode(False):
-        return torch.from_numpy(np.array(array)).to(device)
+    return torch.from_numpy(np.array(array)).to(device)
+
+
+@outside
+def _expanded(graph: MatchingGraph, batch: torch.Size) -> MatchingGraph:
+    own = len(graph.batch_shape)
+    parts: dict[str, Any] = {
+        name: part.expand(batch + part.shape[own:])
+        for name, part in graph.__getstate__().items()
+        if isinstance(part, Tensor)
+    }
+    return replace(graph, **parts)
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
@@ -436,6 +441,7 @@ def _array(tensor: Tensor) -> NDArray[Any]:
         return np.array(tensor.tolist(), dtype=dtype).reshape(tensor.shape)
 
 
+@outside
 def _build(
     allowed: BoolArray, free: tuple[BoolArray, BoolArray] | None, device: torch.device
 ) -> MatchingGraph:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Part", "falls_apart", "flattened", "parts", "put", "take"]
+__all__ = ["Part", "falls_apart", "flattened", "parts", "put", "take", "undecided"]
 
 import math
 from functools import lru_cache
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.outside import outside
 
 # A row or column with fewer cells than this makes its component thin.
 _THIN = 4
@@ -87,6 +88,15 @@ def decided(graph: MatchingGraph) -> Tensor:  # (*batch, N, M)
     return cells
 
 
+def undecided(graph: MatchingGraph) -> Tensor:  # (*batch, n, m + 1)
+    """Pairs that some matchings have and some do not; the last column is no partner."""
+    n, m = graph.shape
+    open_cells = graph.cells & ~decided(graph)
+    pairs = open_cells[..., :n, :m]
+    alone = graph.slack_cells()[0] & pairs.any(-1)
+    return torch.cat([pairs, alone[..., None]], -1)
+
+
 def flattened(
     lead: torch.Size, graph: MatchingGraph
 ) -> tuple[tuple[int, int], MatchingGraph]:
@@ -97,22 +107,20 @@ def flattened(
 
 
 @lru_cache(maxsize=64)
+@outside
 def _parts(graph: MatchingGraph, device: str) -> list[Part]:
     found = []
     for group in graph.components():
-        # Under torch.func transforms tensors have no storage, but arrays can be made.
-        arrays = [np.array(x.tolist()) for x in group[:4]]
+        arrays = [x.cpu().numpy() for x in group[:4]]
         mask = arrays[-1]
         height = mask.shape[-2]
         fewest = np.minimum(mask.sum(-1).min(-1), mask.sum(-2).min(-1))
         thin = (fewest < _THIN) & (height > 4) & (not group.slack)
         for kind in np.unique(thin).tolist():
             chosen = thin == kind
-            # The list outlives the mode in which it was first asked for.
-            with torch.inference_mode(False):
-                element, rows, columns, cells = (
-                    torch.from_numpy(x[chosen]).to(device) for x in arrays
-                )
+            element, rows, columns, cells = (
+                torch.from_numpy(x[chosen]).to(device) for x in arrays
+            )
             inner = _inside(cells, group.slack)
             found.append(Part(element, rows, columns, inner, kind))
     return found
@@ -128,18 +136,18 @@ def _inside(cells: Tensor, slack: bool) -> MatchingGraph:
 
 
 @lru_cache(maxsize=64)
+@outside
 def _cells(graph: MatchingGraph, device: str) -> Tensor:
     """Flat indices into (batch, N, M) of the cells of all parts, in their order."""
     n, m = graph.size
     found = [np.zeros(0, dtype=np.int64)]
     for part in _parts(graph, device):
         element, i, j = (
-            np.array(x.tolist()) for x in (part.element, part.rows, part.columns)
+            x.cpu().numpy() for x in (part.element, part.rows, part.columns)
         )
         row = element[:, None, None] * n + i[:, :, None]
         found.append((row * m + j[:, None, :]).ravel())
-    with torch.inference_mode(False):
-        return torch.from_numpy(np.concatenate(found)).to(device)
+    return torch.from_numpy(np.concatenate(found)).to(device)
 
 
 @lru_cache(maxsize=64)

@@ -1,133 +1,140 @@
 # Copyright Contributors to the pyro_permutations project.
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of the probabilities of a matching, in an order that shows structure."""
+"""A picture of a matching posterior; matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
-__all__ = ["heat_map", "structural_order"]
+__all__ = ["plot_marginals"]
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import reverse_cuthill_mckee
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from pyro_permutations.matching import matching, to_indices
 from pyro_permutations.posterior import MatchingPosterior
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-# Less likely pairs do not tell what belongs together.
-_LIKELY = 0.02
-# More names than this cannot be read.
-_NAMES = 80
+# Names of more items than this cannot be read.
+_LEGIBLE = 60
 
 
-def structural_order(
-    probability: Tensor,  # (n, m)
-) -> tuple[Tensor, Tensor]:  # (n,), (m,) long
-    """Order rows and columns so that what may be confused stands side by side.
-
-    Rows that share a column which either may have, with a probability of .02 or more,
-    become neighbours, group by group (reverse Cuthill-McKee). Columns follow the best
-    matching, which is then the diagonal, where every row has a partner; columns that it
-    leaves over come last.
-
-    Args:
-        probability: Of each pair, without that of being unmatched.
-
-    Example:
-        >>> mixed = torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]])
-        >>> rows, columns = structural_order(mixed)
-        >>> mixed[rows][:, columns]
-        tensor([[0.5000, 0.5000, 0.0000],
-                [0.5000, 0.5000, 0.0000],
-                [0.0000, 0.0000, 1.0000]])
-    """
-    likely = (probability >= _LIKELY).double().cpu().numpy()
-    shared = csr_matrix(likely @ likely.T)
-    found = reverse_cuthill_mckee(shared, symmetric_mode=True)
-    rows = torch.from_numpy(found.astype(np.int64)).to(probability.device)
-    # Nothing is gained by leaving a pair apart: what can be matched is.
-    perm = to_indices(matching(probability, unmatched=(-1.0, -1.0)))[rows]
-    used = perm[perm >= 0]
-    over = torch.ones(probability.shape[1], dtype=torch.bool, device=used.device)
-    over[used] = False
-    return rows, torch.cat([used, over.nonzero()[:, 0]])
-
-
-def heat_map(
+def plot_marginals(
     posterior: MatchingPosterior,
+    axes: Any = None,
     *,
-    names: tuple[Sequence[str], Sequence[str]] | None = None,
-    order: tuple[Tensor, Tensor] | None = None,  # (n,), (m,) long
-    axes: Axes | None = None,
-) -> Axes:
-    """Draw how likely each pair is, white for never and dark for always.
+    row_names: Sequence[str] | None = None,
+    column_names: Sequence[str] | None = None,
+    like: MatchingPosterior | None = None,
+) -> Any:
+    r"""Draw how likely each pair is, ordered so that the items in doubt stand together.
 
-    Where something may be unmatched, that is a last column. Names are written for up to
-    80 items a side, and all must be there. Needs matplotlib.
+    Columns that the same rows could have are neighbours: leaves of a tree of average
+    linkage, ordered optimally, with the distance of columns j and k one less the cosine
+    of their probabilities. Rows follow the columns of ``posterior.best``, so that the
+    best matching is the diagonal, and what is in doubt a block around it. A last column
+    is being unmatched, if that was ever drawn; rows that are best unmatched come last.
 
     Args:
-        posterior: The posterior of one matching.
-        names: Those of rows and of columns; their numbers if not given.
-        order: In which order to draw rows and columns, such as that of another picture;
-            :func:`structural_order` if not given.
-        axes: Where to draw; a new figure with a colour bar if not given.
+        posterior: Of a single matching; select one of a batch by ``posterior[0]``.
+        axes: Axes of matplotlib to draw in. None: those of a figure of their own.
+        row_names: A name for each row; their numbers if not given. Up to 60 rows or
+            columns get their names written beside them.
+        column_names: A name for each column; their numbers if not given.
+        like: A posterior of the same items that gives the order instead, so that
+            pictures of several can be compared.
 
     Returns:
-        The axes.
+        The axes; ``axes.figure.savefig(path)`` writes the picture, and
+        ``axes.figure.colorbar(axes.images[0])`` adds a scale.
 
     Raises:
-        ImportError: If matplotlib is not installed.
-        ValueError: If the posterior has a batch, or names or order another length.
+        ValueError: If a posterior has a batch, if names are not as many as items, or
+            if ``like`` is of other numbers of them.
+        ModuleNotFoundError: Without matplotlib.
+
+    References:
+        Bar-Joseph, Gifford and Jaakkola, "Fast optimal leaf ordering for hierarchical
+        clustering", Bioinformatics 17 (2001).
 
     Example:
-        >>> perm = torch.tensor([[0, 1, 2], [1, 0, 2]])
-        >>> axes = heat_map(MatchingPosterior(perm), names=("abc", "ABC"))
+        >>> posterior = MatchingPosterior(torch.tensor([[2, 0, 1], [2, 1, 0]]))
+        >>> axes = plot_marginals(posterior, row_names="abc")
         >>> [label.get_text() for label in axes.get_yticklabels()]
-        ['b', 'a', 'c']
+        ['b', 'c', 'a']
     """
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError("heat_map draws with matplotlib: pip install it.") from error
+    probability = _marginals(posterior)
+    n, m = probability.shape[0], posterior.columns
+    rows = _names(row_names, n, "row_names")
+    columns = [*_names(column_names, m, "column_names"), "unmatched"]
+    first = posterior if like is None else like
+    if first.perm.shape[-1] != n or first.columns != m:
+        raise ValueError(
+            f"like must be of {n} rows and {m} columns as the posterior is, got "
+            f"{first.perm.shape[-1]} and {first.columns}."
+        )
+    by_column = _column_order(_marginals(first)[:, :m])
+    by_row = _row_order(first.best.cpu(), by_column)
+    shown = [*by_column.tolist(), *([m] if (probability[:, m] > 0).any() else [])]
+
+    if axes is None:
+        from matplotlib.figure import Figure
+
+        axes = Figure(layout="constrained").subplots()
+    picture = probability[by_row][:, shown].numpy()
+    axes.imshow(picture, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    if n <= _LEGIBLE:
+        axes.set_yticks(range(n), [rows[i] for i in by_row.tolist()])
+    if len(shown) <= _LEGIBLE:
+        axes.set_xticks(range(len(shown)), [columns[j] for j in shown], rotation=90)
+    return axes
+
+
+def _marginals(posterior: MatchingPosterior) -> Tensor:  # (n, m + 1)
     if posterior.batch_shape:
         raise ValueError(
-            "heat_map draws one matching, but the posterior has batch shape "
-            f"{tuple(posterior.batch_shape)}: select one, as in heat_map(posterior[0])."
+            f"a picture is of one matching, but the posterior has batch shape "
+            f"{tuple(posterior.batch_shape)}: select one, as in posterior[0]."
         )
-    probability = posterior.marginals()[0]
-    n, m = probability.shape[0], posterior.columns
-    rows, columns = structural_order(probability[:, :m]) if order is None else order
-    labels = ([*map(str, range(n))], [*map(str, range(m))])
-    if names is not None:
-        labels = ([*names[0]], [*names[1]])
-    given = [len(x) for x in (*labels, rows, columns)]
-    if given != [n, m, n, m]:
+    return posterior.marginals()[0].cpu()
+
+
+def _names(names: Sequence[str] | None, count: int, argument: str) -> list[str]:
+    if names is None:
+        return [str(k) for k in range(count)]
+    if len(names) != count:
         raise ValueError(
-            f"names and order must be of {n} rows and {m} columns, got {given[:2]} "
-            f"names and an order of {given[2:]}."
+            f"{argument} must have one for each of {count}, got {len(names)}."
         )
-    shown = probability[rows][:, columns]
-    texts = [labels[1][j] for j in columns.tolist()]
-    if bool((probability[:, m] > 0).any()):
-        shown = torch.cat([shown, probability[rows, m:]], -1)
-        texts.append("unmatched")
-    alone = axes is None
-    if axes is None:
-        _, axes = plt.subplots(layout="constrained")
-    image = axes.imshow(shown.cpu().numpy(), cmap="Blues", vmin=0, vmax=1)
-    if alone:
-        axes.figure.colorbar(image, ax=axes, label="probability")
-    axes.set_xticks(range(len(texts)) if len(texts) <= _NAMES else [])
-    axes.set_yticks(range(n) if n <= _NAMES else [])
-    if len(texts) <= _NAMES:
-        axes.set_xticklabels(texts, rotation=90)
-    if n <= _NAMES:
-        axes.set_yticklabels([labels[0][i] for i in rows.tolist()])
-    return axes
+    return list(names)
+
+
+def _column_order(
+    probability: Tensor,  # (n, m)
+) -> Tensor:  # (m,) long
+    """Columns, those that the same rows could have side by side."""
+    m = probability.shape[-1]
+    if m < 3:
+        return torch.arange(m)
+    columns: NDArray[np.float64] = probability.double().numpy()
+    length = np.linalg.norm(columns, axis=0)
+    cosine = (columns / np.where(length > 0, length, 1)).T
+    distance = (1 - cosine @ cosine.T).clip(0)
+    np.fill_diagonal(distance, 0)
+    tree = linkage(squareform(distance, checks=False), "average", optimal_ordering=True)
+    order = leaves_list(tree)
+    # A tree can be read from both ends: begin with the end that has the first column.
+    return torch.as_tensor(order[::-1].copy() if order[0] > order[-1] else order)
+
+
+def _row_order(
+    best: Tensor,  # (n,) long
+    by_column: Tensor,  # (m,) long
+) -> Tensor:  # (n,) long
+    """Rows in the order of their columns, those without one last."""
+    place = torch.full((len(by_column) + 1,), len(by_column))
+    place[by_column] = torch.arange(len(by_column))
+    return place[best].argsort(stable=True)  # -1 is the last place

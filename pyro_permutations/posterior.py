@@ -12,14 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_permutations.effective_draws import effective_counts, standard_error
-from pyro_permutations.matching import matching, to_indices
-from pyro_permutations.posterior_arguments import (
-    checked_chains,
-    checked_matchings,
-    checked_weights,
-)
+from pyro_permutations.effective_draws import effective_counts, frequency_error
+from pyro_permutations.matching import matching, to_indices, to_matrix
 
+# Numbers that are in memory at a time.
+_CHUNK = 2**22
 # What rounding may do to a sum of probabilities.
 _ROUNDING = 1e-9
 
@@ -108,17 +105,32 @@ class MatchingPosterior:
         chains: int | None = None,
         exact: bool = False,
     ) -> None:
-        self.perm = checked_matchings(perm, columns)
+        if perm.dim() < 2 or perm.numel() == 0:
+            raise ValueError(
+                "perm must have shape (draws, *batch, n) with at least a draw and an "
+                f"item, got {tuple(perm.shape)}."
+            )
+        self.perm = perm.long()
         self.columns = perm.shape[-1] if columns is None else columns
-        self.weights = checked_weights(weights, self.perm)
-        self.chains = checked_chains(chains, len(perm), weights)
+        for some in perm.split(max(1, _CHUNK // (perm[0].numel() * self.columns))):
+            to_matrix(some, torch.bool, columns=self.columns)  # raises if it is none
+        draws, batch = perm.shape[0], perm.shape[1:-1]
+        if chains is not None and (
+            chains < 1 or draws % chains or draws < 4 * chains or weights is not None
+        ):
+            raise ValueError(
+                "chains must be a number of chains with equally many draws, at least "
+                f"four, and no weights; got {chains} chains of {draws} draws in all, "
+                f"{'without' if weights is None else 'with'} weights."
+            )
         if exact and (weights is None or chains is not None):
             raise ValueError(
-                "exact probabilities are the weights of all matchings: pass weights, "
+                "exact probabilities are the weights of all matchings; pass weights, "
                 "and no chains."
             )
-        self.exact = exact
+        self.chains, self.exact = chains, exact
         self.dtype = torch.get_default_dtype() if weights is None else weights.dtype
+        self.weights = _normalised(weights, perm, (draws, *batch))
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -160,7 +172,7 @@ class MatchingPosterior:
         The last column is how likely a row is unmatched, so that rows sum to one.
         """
         probability = self._probability()
-        error = standard_error(probability, self._independent_draws(probability))
+        error = frequency_error(probability, self._independent_draws(probability))
         return probability.to(self.dtype), error.to(self.dtype)
 
     @property
@@ -264,7 +276,7 @@ class MatchingPosterior:
             size = torch.full_like(size, torch.inf)
         elif self.chains is not None:
             size = effective_counts(rank.reshape(self.chains, -1, 1), len(perm))[0]
-        error = standard_error(probability, size)
+        error = frequency_error(probability, size)
         return Matchings(perm, probability.to(self.dtype), error.to(self.dtype))
 
     def credible_matchings(self, mass: float = 0.9) -> Matchings:
@@ -313,8 +325,11 @@ class MatchingPosterior:
         index = self._cells().movedim(0, -1)  # (*batch, n, draws)
         weights = self.weights.movedim(0, -1).unsqueeze(-2).expand(index.shape)
         probability = weights.new_zeros(*index.shape[:-1], self.columns + 1)
-        # Rounding of many equal weights: certainty is one, exactly.
-        return probability.scatter_add_(-1, index, weights).clamp(max=1)
+        probability = probability.scatter_add_(-1, index, weights)
+        # Rounding of many equal weights: what is alone is certain, exactly.
+        found = probability > 0
+        certain = found & (found.sum(-1, keepdim=True) == 1)
+        return torch.where(certain, 1.0, probability).clamp(max=1)
 
     def _distinct(self, method: str) -> tuple[Tensor, Tensor, Tensor]:
         """Different matchings by falling probability, and the place of each draw."""
@@ -344,6 +359,30 @@ class MatchingPosterior:
 
     def _bias(self) -> Tensor:  # (*batch,)
         return 0.5 / self._independent_draws(self._probability()).amin((-2, -1))
+
+
+def _normalised(
+    weights: Tensor | None, perm: Tensor, shape: tuple[int, ...]
+) -> Tensor:  # (draws, *batch) float64
+    if weights is None:
+        return torch.full(shape, 1 / shape[0], dtype=torch.float64, device=perm.device)
+    if weights.shape not in {shape, shape[:1]}:
+        raise ValueError(
+            f"weights must have shape {shape[:1]} or {shape}, got "
+            f"{tuple(weights.shape)}."
+        )
+    double = (
+        weights.detach()
+        .double()
+        .reshape(weights.shape + (1,) * (len(shape) - weights.dim()))
+    )
+    total = double.sum(0)
+    if not ((double >= 0).all() and (total > 0).all() and total.isfinite().all()):
+        raise ValueError(
+            "weights must be finite and not negative, with a positive sum for each "
+            "matching of the batch; log weights need a softmax over the draws."
+        )
+    return (double / total).expand(shape)
 
 
 def _smallest_set(probability: Tensor, mass: float) -> Tensor:  # (*batch, k) -> bool

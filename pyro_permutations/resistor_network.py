@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from pyro_permutations.log_elimination import eliminate_in_logs
 
@@ -31,11 +33,15 @@ class Network:
     without subtraction where it is not.
     """
 
-    def __init__(self, log_weights: Tensor, root: Tensor) -> None:
+    def __init__(
+        self, log_weights: Tensor, root: Tensor, log_rows: Tensor | None = None
+    ) -> None:
+        """Log weights (*batch, n, m), roots (*batch, m), row sums if they are known."""
         n, m = log_weights.shape[-2:]
         self.root = root.expand(*log_weights.shape[:-2], m).reshape(-1, m)
         self.log_weights = log_weights = log_weights.reshape(-1, n, m)
-        log_rows = torch.logsumexp(log_weights, -1)
+        if log_rows is None:
+            log_rows = torch.logsumexp(log_weights, -1)
         self.log_scale = log_rows.amax(-1)
         self.p = (log_weights - log_rows[..., None]).exp()
         self.rows = (log_rows - self.log_scale[..., None]).exp()
@@ -46,7 +52,12 @@ class Network:
 
     def subset(self, index: Tensor) -> Network:
         """The networks of some batch elements."""
-        return Network(self.log_weights[index], self.root[index])
+        part = copy(self)
+        part._elimination = None
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(part, name, value[index])
+        return part
 
     def cholesky(
         self, tolerance: float | Tensor = _ACCURATE
@@ -59,15 +70,16 @@ class Network:
         """
         ground = self.root.to(self.p.dtype)
         free = 1 - ground
-        off = self.conductances * free[..., None, :] * free[..., :, None]
         diagonal = self.conductances.sum(-1) * free + ground
         scale = diagonal.clamp_min(1e-300).rsqrt()
-        laplacian = torch.diag_embed((diagonal > 0).to(off.dtype))
-        laplacian -= off * scale[..., None, :] * scale[..., :, None]
+        off = scale * free
+        laplacian = (self.conductances * off[..., None, :]).mul_(-off[..., :, None])
+        laplacian.diagonal(dim1=-2, dim2=-1).copy_(diagonal > 0)
         factor, info = torch.linalg.cholesky_ex(laplacian)
         accurate = (info == 0) & (diagonal.amin(-1) > _WEAKEST_PIVOT)
-        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-        factor = torch.where(accurate[:, None, None], factor, identity)
+        if not bool(accurate.all()):
+            identity = torch.eye(factor.shape[-1]).to(factor)
+            factor = torch.where(accurate[:, None, None], factor, identity)
         tied = (self.conductances @ ground[..., None])[..., 0] * free + ground
         ones = torch.cholesky_solve((tied * scale)[..., None], factor)[..., 0] * scale
         accurate &= (ones - 1).abs().amax(-1) < tolerance
@@ -166,7 +178,18 @@ class Network:
     def differences(self, source: Tensor) -> Tensor:
         """h_j - h_k of the column potentials that carry off an antisymmetric source."""
         pivots, steps, _ = self.eliminate()
-        return _differences(pivots, steps, source)
+        return _substitute(steps, _handed_on(pivots, steps, source), sign=-1)
+
+    def carried_off(self, source: Tensor) -> Tensor:  # (b, m)
+        """The column potentials themselves, accurate in terms of the largest.
+
+        h_p = b_p / s_p + sum_k u_k h_k over the nodes k before p: a triangular system.
+        """
+        pivots, steps, _ = self.eliminate()
+        b = _handed_on(pivots, steps, source)[..., None]
+        solve = torch.linalg.solve_triangular
+        h: Tensor = solve(-steps, b, upper=False, unitriangular=True)
+        return h[:, 1:, 0]
 
     def potentials(self, factor: Tensor, scale: Tensor, b: Tensor) -> Tensor:
         """Column potentials (b, m, 1) that carry off a source at the columns."""
@@ -216,17 +239,16 @@ def _products(p: Tensor, rows: Tensor) -> Tensor:
     pivot no conductance counts: so the smallest p are zero, and the others so large
     that none of their products is denormal.
     """
-    p = torch.where(p < 1e-300, 0.0, p * 2.0**500)
+    p = threshold(p * 2.0**500, 1e-300 * 2.0**500, 0.0, inplace=True)
     c = p.mT @ (rows[..., None] * p)
-    return torch.where(c < 1.0, 0.0, c * 2.0**-500 * 2.0**-500)
+    return threshold(c, 1.0, 0.0, inplace=True).mul_(2.0**-500).mul_(2.0**-500)
 
 
-def _differences(pivots: Tensor, steps: Tensor, source: Tensor) -> Tensor:
-    """Elimination and back substitution of an antisymmetric source, pair by pair.
+def _handed_on(pivots: Tensor, steps: Tensor, source: Tensor) -> Tensor:
+    """What elimination leaves of an antisymmetric source at each node, over its pivot.
 
-    Eliminating node p hands its sources on: N_qk += u_q N_pk - u_k N_pq, in which
-    what clusters exchange inside cancels before it is added up. Then
-    h_p - h_j = b_p / s_p + sum_k u_k (h_k - h_j).
+    Eliminating node p hands its sources on pair by pair: N_qk += u_q N_pk - u_k N_pq,
+    in which what clusters exchange inside cancels before it is added up.
     """
     size = pivots.shape[-1]
     n = torch.zeros_like(steps)
@@ -239,7 +261,7 @@ def _differences(pivots: Tensor, steps: Tensor, source: Tensor) -> Tensor:
             n[:, low:k, :k] += u[:, :, low:].mT * own - own[:, :, low:].mT * u
         handed = steps[:, low:high, :low].mT @ n[:, low:high, :low]
         n[:, :low, :low] += handed - handed.mT
-    return _substitute(steps, total, sign=-1)
+    return total
 
 
 def _resistances(pivots: Tensor, steps: Tensor) -> Tensor:
@@ -253,7 +275,8 @@ def _resistances(pivots: Tensor, steps: Tensor) -> Tensor:
 def _substitute(steps: Tensor, constant: Tensor, sign: int) -> Tensor:
     """Solve x(p, j) = constant_p + E x(J, j) for j < p, x(j, p) = sign * x(p, j).
 
-    With sign = 1, for resistances, half of E x(J, J') is taken off the constant.
+    With sign = -1 for differences of potentials, each to its own accuracy. With sign =
+    1, for resistances, half of E x(J, J') is taken off the constant.
     """
     x = torch.zeros_like(steps)
     for first, high in reversed(_panels(steps.shape[-1])):

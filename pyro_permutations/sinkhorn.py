@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from pyro_permutations.kernel_scaling import scale_kernel, solve_marginals
 from pyro_permutations.matching_graph import WIRE, MatchingGraph
@@ -157,8 +158,9 @@ def _by_component(
     """Solve the whole, or its components one by one where that is less work."""
     rows, columns = _sums(graph, marginals)
     lead, shape = scores.shape[:-2], scores.shape[-2:]
-    for batch in (graph.batch_shape, rows.shape[:-2], columns.shape[:-2]):
-        lead = torch.broadcast_shapes(lead, batch)
+    others = graph.batch_shape, rows.shape[:-2], columns.shape[:-2]
+    if any(others):  # not at once: torch takes its time
+        lead = torch.broadcast_shapes(lead, *others)
     scores = scores.expand(*lead, *shape)
     if not falls_apart(graph):
         return _solved(solver, scores, graph, rows, columns, tol)
@@ -200,7 +202,7 @@ def _sums(
 
 def _pairs(P: Tensor, logits: Tensor) -> Tensor:
     n, m = logits.shape[-2:]
-    return P[..., :n, :m]
+    return P if P.shape[-2:] == (n, m) else P[..., :n, :m]
 
 
 def _solved(
@@ -213,10 +215,27 @@ def _solved(
 ) -> Tensor:
     support = None if graph.is_full else graph.cells
     root = graph.root[..., None, :]
-    result: Tensor = solver.apply(  # type: ignore[no-untyped-call]
-        scores, support, root, rows, columns, tol, graph.has_slack
-    )
+    arguments = scores, support, root, rows, columns, tol, graph.has_slack
+    if _stands_alone(scores):
+        with torch.no_grad():
+            return solver.forward(*arguments)
+    result: Tensor = solver.apply(*arguments)  # type: ignore[no-untyped-call]
     return result
+
+
+def _stands_alone(scores: Tensor) -> bool:
+    """Whether nobody asks for a derivative, or maps: then autograd can be left out.
+
+    It takes as long as two Newton steps for small matrices.
+    """
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if tracing or (torch.is_grad_enabled() and scores.requires_grad):
+        return False
+    try:
+        scores.data_ptr()
+    except RuntimeError:  # under torch.func
+        return False
+    return unpack_dual(scores).tangent is None
 
 
 class _LogSinkhorn(torch.autograd.Function):
@@ -232,10 +251,9 @@ class _LogSinkhorn(torch.autograd.Function):
         tol: float,
         slack: bool,
     ) -> Tensor:
-        x, r, c, roots = _flattened(scores, support, root, rows, columns)
-        masked = support is not None
-        sums = r[:, 0], c[:, 0]
-        solution = solve(x, *sums, roots[:, 0], tol, slack=slack, masked=masked)
+        x, r, c = _flattened(scores, support, rows, columns)
+        root = root.expand(*scores.shape[:-2], 1, -1).reshape(-1, x.shape[-1])
+        solution = solve(x, r, c, root, tol, slack=slack, masked=support is not None)
         _warn(solution.residual, solution.iterations, tol)
         return solution.log_p.reshape(scores.shape)
 
@@ -269,18 +287,12 @@ class _Sinkhorn(torch.autograd.Function):
         tol: float,
         slack: bool,
     ) -> Tensor:
-        x, r, c, roots = _flattened(scores, support, root, rows, columns)
-        masked = support is not None
-        p, _, residual, iterations = scale_kernel(
-            x, r, c, tol, slack=slack, masked=masked
-        )
-        if not residual <= tol:
-            log_p, residual, iterations = solve(
-                x, r[:, 0], c[:, 0], roots[:, 0], tol, slack=slack, masked=masked
-            )
-            _warn(residual, iterations, tol)
-            p = log_p.exp()
-        return p.reshape(scores.shape)
+        x, r, c = _flattened(scores, support, rows, columns)
+        scaling = scale_kernel(x, r, c, tol, slack=slack, masked=support is not None)
+        if scaling.residual <= tol:
+            return scaling.p.reshape(scores.shape)
+        arguments = scores, support, root, rows, columns, tol, slack
+        return _LogSinkhorn.forward(*arguments).exp()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -309,10 +321,10 @@ class _Sinkhorn(torch.autograd.Function):
 
 
 def _flattened(
-    scores: Tensor, support: Tensor | None, root: Tensor, rows: Tensor, columns: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Checked scores (b, n, m), row sums (b, 1, n), column sums and roots (b, 1, m)."""
-    if scores.numel() and not bool(scores.abs().amax() < LARGEST):
+    scores: Tensor, support: Tensor | None, rows: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked scores (b, n, m), row sums (b, 1, n) and column sums (b, 1, m)."""
+    if scores.numel() and not float(scores.abs().amax()) < LARGEST:
         raise ValueError(NOT_FINITE)
     if support is not None:
         scores = torch.where(support, scores, -torch.inf)
@@ -322,7 +334,6 @@ def _flattened(
         scores.reshape(-1, n, m),
         rows.expand(*lead, n, 1).reshape(-1, 1, n),
         columns.expand(*lead, 1, m).reshape(-1, 1, m),
-        root.expand(*lead, 1, m).reshape(-1, 1, m),
     )
 
 

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ def checked(
         )
     shape = (logits.shape[-2], logits.shape[-1])
     scores, free = relative_scores(logits.double(), unmatched)
-    if _any(~torch.isfinite(scores.detach().sum())):
+    if not _is_finite(scores.detach().sum()):
         forbidden = logits == -torch.inf
         given = torch.ones(shape, dtype=torch.bool, device=logits.device)
         if isinstance(mask, MatchingGraph) and unmatched is None:
@@ -66,12 +68,20 @@ def checked(
 
 def _common(batch: torch.Size, other: torch.Size, name: str) -> torch.Size:
     try:
-        return torch.Size(torch.broadcast_shapes(batch, other))
+        return torch.Size(torch.broadcast_shapes(batch, other)) if other else batch
     except RuntimeError:
         raise ValueError(
             f"{name} of batch shape {tuple(other)} does not broadcast with logits of "
             f"batch shape {tuple(batch)}."
         ) from None
+
+
+def _is_finite(total: Tensor) -> bool:
+    """Whether a number is; True where it cannot be looked at."""
+    try:
+        return math.isfinite(total)
+    except RuntimeError:  # under torch.func.vmap
+        return True
 
 
 def _any(condition: Tensor) -> bool:

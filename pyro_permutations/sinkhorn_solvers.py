@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_permutations.kernel_newton import tiny
 from pyro_permutations.kernel_scaling import scale_kernel, spread
 from pyro_permutations.log_elimination import eliminate_in_logs
 from pyro_permutations.matching import best_assignments
@@ -36,10 +35,10 @@ _ROUNDED = 3e-7
 # No log potential moves by more in one step, relative to the others.
 _LONGEST_STEP = 4.0
 _MOST_STEPS = 200
-# Up to this many times the first inverse temperature little is decided, and products
-# with a vector do better than factorizations.
-_WARM = 4.0
-_WARM_TOLERANCE = 5e-2
+# Up to this many times the first inverse temperature no tie is too weak for a kernel,
+# and products with a vector do better than factorizations.
+_WARM = 16.0
+_WARM_TOLERANCE = 1e-3
 
 
 class Solution(NamedTuple):
@@ -52,8 +51,8 @@ class Solution(NamedTuple):
 
 def solve(
     scores: Tensor,  # (b, n, m), -inf where forbidden
-    rows: Tensor,  # (b, n)
-    columns: Tensor,  # (b, m)
+    rows: Tensor,  # (b, 1, n)
+    columns: Tensor,  # (b, 1, m)
     root: Tensor,  # (b, m)
     tol: float,
     *,
@@ -70,16 +69,17 @@ def solve(
     wire, has its weight at every temperature, and makes of the slack row one more row
     whose sum is known. The slack column is a root, so that its sum is not asked for.
     """
-    log_rows = rows.log()[..., None]
+    log_rows = rows.mT.log()
     # The first inverse temperature, 1 where the scores are mild.
     deviation = spread(scores, slack=slack, masked=masked)[:, 0, 0]
     scale = (_WARM * 1.6 / deviation.clamp_min(1e-300)).clamp_max(1.0)
     log_p = _wired(scores * scale[:, None, None], slack)
-    sums = rows[:, None, :], columns[:, None, :]
-    warm = scale_kernel(log_p, *sums, _WARM_TOLERANCE, slack=slack, masked=masked)
-    log_p = _normalise_rows(log_p + warm.potentials, log_rows)
-    iterations = warm.iterations
-    growth = 4.0 if tiny(scores) else 2.0
+    *_, potentials, _, iterations = scale_kernel(
+        log_p, rows, columns, _WARM_TOLERANCE, slack=slack, masked=masked
+    )
+    columns = columns[:, 0]
+    log_p = _normalise_rows(log_p.add_(potentials), log_rows)
+    growth = 2.0
     previous, previous_scale = log_p, torch.zeros_like(scale)
     square = slack or bool((rows == 1).all() and (columns == 1).all())
     best = _BestMatching(scores, slack) if square else None
@@ -174,20 +174,19 @@ def _newton(
     while len(active) and steps < _MOST_STEPS:
         everyone = len(active) == len(log_p)
         part = log_p if everyone else log_p[active]
-        network = Network(part, root[active])
+        # Named nowhere, so that it is gone before the next.
+        given = part, root[active], log_rows[active][..., 0]
         if best is None:
-            move = _filling_step(network, columns[active], tolerance)
+            move = _filling_step(Network(*given), columns[active], tolerance)
         else:
-            move = _balancing_step(network, tolerance, best, active)
+            move = _balancing_step(Network(*given), tolerance, best, active)
         size = move.abs().amax((-2, -1))
         move *= (_LONGEST_STEP / size.clamp_min(_LONGEST_STEP))[:, None, None]
         part = _normalise_rows(part + move, log_rows[active])
         log_p = part if everyone else log_p.index_copy(0, active, part)
         # The first steps need a direction only, the last ones an exact one; a step is
         # the last if it was exact and short.
-        rounding = 1e-15 * part.masked_fill(part == -torch.inf, 0.0).abs().amax(
-            (-2, -1)
-        )
+        rounding = 1e-15 * part.nan_to_num(neginf=0.0).abs_().amax((-2, -1))
         short = size < target[active]
         exact = (tolerance == _EXACT) | (target[active] == _STAGE_STEP)
         tolerance = torch.where(size < _NEAR, _EXACT, tolerance)
@@ -207,9 +206,10 @@ def _balancing_step(
     one where flows balance: sum_k F_jk = sum_k F_kj. So nothing is subtracted from one,
     and what is nearly decided changes by a small number, not by a difference of large
     ones. What the clusters of a near-permutation exchange among themselves cancels pair
-    by pair in :meth:`Network.differences`.
+    by pair in :meth:`Network.carried_off`.
     """
-    slack, unit = best.slack, (-network.log_scale).exp()[:, None]
+    slack = best.slack
+    unit = (-network.log_scale).exp()[:, None]
     matching = network.p.argmax(-1)
     decided = _owners(network, matching, slack)[1]
     ties = network.conductances.sum(-1) / unit
@@ -218,15 +218,18 @@ def _balancing_step(
     if bool(ask.any()):
         matching = torch.where(ask[:, None], best.indices[active], matching)
     # Undecided but nowhere weak: one less the column sum is as good.
-    source = _imbalance(network, matching, slack)
     sums = _column_sums(network, slack)
+    b, summed = (1 - sums) * unit, (1 + sums) * unit
     flows = (decided | ask)[:, None]
-    b = torch.where(flows, source.sum(-1), (1 - sums) * unit)
-    summed = torch.where(flows, source.abs().sum(-1), (1 + sums) * unit)
+    if bool(flows.any()):
+        source = _imbalance(network, matching, slack)
+        b = torch.where(flows, source.sum(-1), b)
+        summed = torch.where(flows, source.abs_().sum(-1), summed)
+        del source
     factor, scale, accurate = network.cholesky(tolerance)
     accurate &= _resolves(network, factor, scale, summed, tolerance)
-    h = network.potentials(factor, scale, b)[..., 0]
-    move = h[:, None, :] - h.gather(-1, matching)[..., None]
+    move = _relative(network.potentials(factor, scale, b)[..., 0], matching)
+    del factor
     for index, part, extreme in network.apart(accurate):
         pi = matching[index]
         other = (~(decided | ask))[index]
@@ -235,8 +238,7 @@ def _balancing_step(
         if extreme:
             better = _extreme_step(part, pi, slack)
         else:
-            differences = part.differences(_imbalance(part, pi, slack))
-            better = differences.mT.gather(1, pi[..., None].expand_as(part.p))
+            better = _relative(part.carried_off(_imbalance(part, pi, slack)), pi)
         move = move.index_copy(0, index, better)
     return move
 
@@ -312,7 +314,7 @@ def _imbalance(network: Network, matching: Tensor, slack: bool) -> Tensor:
         weight = (matching == p.shape[-1] - 1).to(p.dtype)
         weight[:, -1] = math.exp(WIRE)
         flow[:, -1] = (weight[:, None, :] @ p)[:, 0]
-    return (flow - flow.mT) * (-network.log_scale).exp()[:, None, None]
+    return (flow - flow.mT).mul_((-network.log_scale).exp()[:, None, None])
 
 
 def _filling_step(network: Network, columns: Tensor, tolerance: Tensor) -> Tensor:
@@ -322,13 +324,16 @@ def _filling_step(network: Network, columns: Tensor, tolerance: Tensor) -> Tenso
     columns = columns * (-network.log_scale).exp()[:, None]
     b = columns - sums
     factor, scale, accurate = network.cholesky(tolerance)
-    h = network.potentials(factor, scale, b)[..., 0]
-    move = h[:, None, :] - h.gather(-1, largest)[..., None]
+    move = _relative(network.potentials(factor, scale, b)[..., 0], largest)
     for index, part, _ in network.apart(accurate):
         # What a column lacks comes from the root of its component.
         lacking = b[index] * (network.log_scale[index] - part.log_scale).exp()[:, None]
         source = lacking[:, :, None] * part.root[:, None, :].to(b.dtype)
-        differences = part.differences(source - source.mT)
-        pi = largest[index][..., None].expand_as(part.p)
-        move = move.index_copy(0, index, differences.mT.gather(1, pi))
+        h = part.carried_off(source - source.mT)
+        move = move.index_copy(0, index, _relative(h, largest[index]))
     return move
+
+
+def _relative(h: Tensor, columns: Tensor) -> Tensor:  # (b, m), (b, n) -> (b, n, m)
+    """Potentials relative to that of a column of each row."""
+    return h[:, None, :] - h.gather(-1, columns)[..., None]

@@ -34,8 +34,9 @@ from torch.distributions.transforms import ComposeTransform, Transform
 from torch.nn.functional import pad
 
 from pyro_permutations.carried_log import carry_log, log_with_slack, warn_if_lost
-from pyro_permutations.constraints import contrasts, doubly_stochastic, holds
+from pyro_permutations.constraints import contrasts, doubly_stochastic
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.outside import holds
 from pyro_permutations.sinkhorn import log_sinkhorn_with_slack
 from pyro_permutations.spanning_trees import log_spanning_trees
 

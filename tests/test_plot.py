@@ -1,126 +1,100 @@
 # Copyright Contributors to the pyro_permutations project.
 # SPDX-License-Identifier: Apache-2.0
-"""The order of a heat map, and what is drawn in it."""
+"""The picture shows the marginals, in an order in which doubt is a block."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from pathlib import Path
 
-import matplotlib as mpl
 import pytest
 import torch
 
-from pyro_permutations import MatchingPosterior, heat_map, structural_order
-
-mpl.use("agg")
+from pyro_permutations import MatchingPosterior, plot_marginals
 
 
-@pytest.fixture(autouse=True)
-def _close_figures() -> Iterator[None]:
-    from matplotlib import pyplot as plt
-
-    yield
-    plt.close("all")
-
-
-def blocks(sizes: list[int]) -> torch.Tensor:
-    """Doubly stochastic, uniform inside of each block."""
-    return torch.block_diag(*[torch.full((k, k), 1 / k) for k in sizes])
-
-
-def test_groups_come_together_again() -> None:
-    B = blocks([3, 1, 4, 2])
-    rows, columns = torch.randperm(10), torch.randperm(10)
-    mixed = B[rows][:, columns]
-    order = structural_order(mixed)
-    assert order[0].sort().values.tolist() == list(range(10))
-    assert order[1].sort().values.tolist() == list(range(10))
-    found = mixed[order[0]][:, order[1]]
-    assert (found.diagonal() > 0).all()
-    assert torch.equal(found, found.mT)
-    # Each row's cells are an interval: blocks, in some order.
-    for row in found > 0:
-        where = row.nonzero()[:, 0]
-        assert int(where[-1] - where[0]) == len(where) - 1
+def shuffled_blocks() -> tuple[MatchingPosterior, torch.Tensor]:
+    """Six rows, of which three pairs are in doubt about each other, shuffled."""
+    torch.manual_seed(0)
+    rows, columns = torch.randperm(6), torch.randperm(6)
+    draws = []
+    for swaps in range(8):
+        perm = torch.arange(6)
+        for pair in range(3):
+            if swaps >> pair & 1:
+                perm[[2 * pair, 2 * pair + 1]] = perm[[2 * pair + 1, 2 * pair]]
+        shuffled = torch.empty(6, dtype=torch.long)
+        shuffled[rows] = columns[perm]
+        draws.append(shuffled)
+    weights = torch.tensor([8.0, 4, 4, 2, 4, 2, 2, 1])
+    return MatchingPosterior(torch.stack(draws), weights=weights, exact=True), columns
 
 
-def test_a_band_is_a_band_again() -> None:
-    """Neighbours on a line, each confused with the next: reordering finds the line."""
-    n = 20
-    B = torch.diag(torch.full((n,), 0.8)) + 0.1 * (
-        torch.diag(torch.ones(n - 1), 1) + torch.diag(torch.ones(n - 1), -1)
-    )
-    mixed = B[torch.randperm(n)][:, torch.randperm(n)]
-    rows, columns = structural_order(mixed)
-    i, j = (mixed[rows][:, columns] > 0).nonzero(as_tuple=True)
-    assert int((i - j).abs().max()) <= 2  # it is 1 in the best order
-    i, j = (mixed > 0).nonzero(as_tuple=True)
-    assert int((i - j).abs().max()) > 10
+def test_pairs_in_doubt_are_blocks_on_the_diagonal() -> None:
+    posterior, _ = shuffled_blocks()
+    picture = torch.as_tensor(plot_marginals(posterior).images[0].get_array().data)
+    # Each row is right with 2/3 and has its partner's column with 1/3.
+    block = torch.tensor([[2.0, 1.0], [1.0, 2.0]]) / 3
+    expected = torch.block_diag(block, block, block)
+    torch.testing.assert_close(picture.double(), expected.double())
 
 
-def test_the_best_matching_is_the_diagonal_and_the_rest_comes_last() -> None:
-    p = torch.tensor([[0.1, 0.0, 0.9, 0.0], [0.2, 0.7, 0.1, 0.0]])
-    rows, columns = structural_order(p)
-    found = p[rows][:, columns]
-    assert sorted(found.diagonal().tolist()) == [0.7, 0.9]
-    assert columns[-1] == 3 or columns[-2] == 3
-    tall = structural_order(p.mT)
-    assert (len(tall[0]), len(tall[1])) == (4, 2)
-    assert structural_order(torch.zeros(3, 2))[1].sort().values.tolist() == [0, 1]
+def test_the_order_of_another_posterior() -> None:
+    posterior, _ = shuffled_blocks()
+    other = MatchingPosterior(posterior.mode.flip(0)[None])
+    axes = plot_marginals(other, like=posterior)
+    labels = [label.get_text() for label in plot_marginals(posterior).get_yticklabels()]
+    assert [label.get_text() for label in axes.get_yticklabels()] == labels
+    picture = torch.as_tensor(axes.images[0].get_array().data)
+    for i, j in (picture == 1).nonzero().tolist():
+        column = int(axes.get_xticklabels()[j].get_text())
+        assert other.mode[int(labels[i])] == column
+    with pytest.raises(ValueError, match="like must be of 6 rows and 6 columns"):
+        plot_marginals(posterior, like=MatchingPosterior(torch.arange(3)[None]))
 
 
-def drawn(axes) -> torch.Tensor:
-    return torch.as_tensor(axes.images[0].get_array().data)
-
-
-def test_names_stand_where_their_probabilities_are() -> None:
-    perm = torch.tensor([[2, 0, 1]] * 7 + [[2, 1, 0]] * 2 + [[2, -1, 0]])
-    posterior = MatchingPosterior(perm, 4)
-    axes = heat_map(posterior, names=("abc", ["W", "X", "Y", "Z"]))
+def test_names_stand_at_their_items() -> None:
+    posterior, _ = shuffled_blocks()
+    axes = plot_marginals(posterior, row_names="abcdef", column_names="uvwxyz")
     rows = [label.get_text() for label in axes.get_yticklabels()]
     columns = [label.get_text() for label in axes.get_xticklabels()]
-    assert sorted(rows) == ["a", "b", "c"]
-    assert columns[-1] == "unmatched"
-    value = {
-        (r, c): float(x)
-        for r, line in zip(rows, drawn(axes), strict=True)
-        for c, x in zip(columns, line, strict=True)
-    }
-    expected = {("a", "Y"): 1.0, ("b", "W"): 0.7, ("b", "X"): 0.2, ("c", "W"): 0.3}
-    expected |= {("b", "unmatched"): 0.1, ("a", "unmatched"): 0.0, ("a", "Z"): 0.0}
-    for pair, p in expected.items():
-        assert abs(value[pair] - p) < 1e-6
-    assert len(axes.figure.axes) == 2, "a colour bar"
+    picture, probability = axes.images[0].get_array().data, posterior.marginals()[0]
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            assert (
+                picture[i, j]
+                == probability["abcdef".index(row)]["uvwxyz".index(column)].item()
+            )
 
 
-def test_a_given_order_and_axes_are_used() -> None:
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots()
-    posterior = MatchingPosterior(torch.tensor([[1, 0, 2]]))
-    order = torch.tensor([2, 1, 0]), torch.tensor([0, 1, 2])
-    assert heat_map(posterior, order=order, axes=axes) is axes
-    expected = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    assert torch.equal(drawn(axes), expected)
-    assert len(figure.axes) == 1
-    large = MatchingPosterior(torch.arange(100)[None])
-    assert heat_map(large).get_xticklabels() == []
+def test_unmatched_rows_are_last_and_have_a_column() -> None:
+    perm = torch.tensor([[-1, 1], [-1, 0], [2, 1]])
+    axes = plot_marginals(MatchingPosterior(perm, 3))
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "0"]
+    assert axes.get_xticklabels()[-1].get_text() == "unmatched"
+    last = torch.as_tensor(axes.images[0].get_array().data)[:, -1]
+    torch.testing.assert_close(last.double(), torch.tensor([0.0, 2 / 3]).double())
 
 
-def test_wrong_arguments_are_named() -> None:
-    posterior = MatchingPosterior(torch.tensor([[1, 0, 2]]))
-    with pytest.raises(ValueError, match=r"of 3 rows and 3 columns, got \[2, 3\]"):
-        heat_map(posterior, names=("ab", "abc"))
-    with pytest.raises(ValueError, match=r"an order of \[3, 2\]"):
-        heat_map(posterior, order=(torch.arange(3), torch.arange(2)))
-    batch = MatchingPosterior(torch.arange(3).expand(4, 2, 3))
-    with pytest.raises(ValueError, match=r"batch shape \(2,\): select one"):
-        heat_map(batch)
+def test_many_items_have_no_names_and_given_axes_are_used(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.subplots()
+    perm = torch.rand(20, 80).argsort(-1)
+    assert plot_marginals(MatchingPosterior(perm), axes) is axes
+    assert len(axes.get_yticks()) < 80
+    figure.savefig(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 0
 
 
-def test_matplotlib_is_needed_only_to_draw(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    structural_order(torch.eye(3))
-    with pytest.raises(ImportError, match="heat_map draws with matplotlib"):
-        heat_map(MatchingPosterior(torch.tensor([[0, 1]])))
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_or_two_items(n: int) -> None:
+    picture = plot_marginals(MatchingPosterior(torch.arange(n)[None])).images[0]
+    assert (picture.get_array().data == torch.eye(n).numpy()).all()
+
+
+def test_what_cannot_be_drawn_is_named() -> None:
+    with pytest.raises(ValueError, match=r"batch shape \(2,\).*posterior\[0\]"):
+        plot_marginals(MatchingPosterior(torch.arange(3).expand(4, 2, 3)))
+    with pytest.raises(ValueError, match="row_names must have one for each of 3, got"):
+        plot_marginals(MatchingPosterior(torch.arange(3)[None]), row_names="ab")

@@ -14,13 +14,15 @@ import oracles
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
 from benchmarks.sinkhorn import peak_bytes
 from pyro_permutations import sinkhorn_solvers
-from pyro_permutations.kernel_scaling import scale_kernel
+from pyro_permutations.kernel_scaling import _scale_by_products, scale_kernel
+from pyro_permutations.kernel_squaring import scale_by_squaring
 from pyro_permutations.matching import matching
-from pyro_permutations.matching_graph import matching_graph
+from pyro_permutations.matching_graph import WIRE, matching_graph
 from pyro_permutations.sinkhorn import log_scaling, log_sinkhorn, sinkhorn
 from pyro_permutations.spanning_trees import log_spanning_trees
 from pyro_permutations.warnings import ConvergenceWarning
@@ -572,8 +574,17 @@ def test_memory_is_that_of_a_few_matrices(batch: int, n: int) -> None:
 # Speed: what is counted here does not depend on the machine
 
 
-@pytest.mark.parametrize(("tau", "most"), [(1.0, 12), (0.1, 22), (0.01, 36)])
-@pytest.mark.parametrize("size", [(64, 10), (16, 100), (2, 278)])
+SMALL, MEDIUM, LARGE = (64, 10), (16, 100), (2, 278)
+
+
+@pytest.mark.parametrize(
+    ("size", "tau", "most"),
+    [
+        *((SMALL, tau, most) for tau, most in ((1.0, 8), (0.1, 11), (0.01, 15))),
+        *((MEDIUM, tau, most) for tau, most in ((1.0, 12), (0.1, 22), (0.01, 36))),
+        *((LARGE, tau, most) for tau, most in ((1.0, 12), (0.1, 22), (0.01, 36))),
+    ],
+)
 def test_few_steps_and_no_fallback(
     size: tuple[int, int], tau: float, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -588,6 +599,48 @@ def test_few_steps_and_no_fallback(
     assert residual(sinkhorn(X, tau)) <= SUMS
     scaling = scale_kernel(X / tau, one, one, SUMS, slack=False, masked=False)
     assert scaling.iterations <= most
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("kind", ["full", "masked", "slack", "sums"])
+def test_squaring_equals_products(kind: str, tau: float) -> None:
+    """Small kernels have an algorithm of their own: it finds what the other does."""
+    n, slack = 12, kind == "slack"
+    X = scores(6, n, n) / tau
+    rows, columns = torch.ones(6, 1, n), torch.ones(6, 1, n)
+    if kind == "sums":
+        rows, columns = 1 + torch.arange(2.0).repeat(n // 2), torch.full((n,), 1.5)
+        rows, columns = rows.expand(6, 1, n), columns.expand(6, 1, n)
+    if kind == "masked":
+        forbidden = (torch.arange(n)[:, None] + torch.arange(n)) % 4 == 1
+        X[3:] = torch.where(forbidden, -torch.inf, X[3:])
+    if slack:
+        X[:, -1, -1] = WIRE
+    case = {"tol": 1e-10, "slack": slack, "masked": kind == "masked"}
+    squared, _ = scale_by_squaring(X, rows, columns, **case)
+    products, _ = _scale_by_products(X, rows, columns, **case)
+    assert max(float(squared[2].max()), float(products[2].max())) <= 1e-10
+    assert (squared[0] - products[0])[..., :-1, :-1].abs().max() < 1e-8
+    if kind == "masked":
+        assert (squared[0][3:][forbidden.expand(3, n, n)] == 0).all()
+
+
+def test_sums_that_are_right_at_every_temperature() -> None:
+    """Nothing to balance, but the temperature has to fall all the same."""
+    x = torch.tensor([[0.0, -50.0], [-50.0, 0.0]])
+    p = sinkhorn(torch.stack([x, x / 10]))[:, 0, 1]
+    expected = torch.sigmoid(torch.tensor([-50.0, -5.0]))
+    assert torch.allclose(p, expected, rtol=EXACT, atol=0)
+
+
+def test_hopeless_element_spoils_no_other() -> None:
+    """One that Newton gives up at a high temperature: the others are solved, too."""
+    mask = torch.ones(20, 20, dtype=torch.bool).tril(1)
+    hard = torch.where(mask, scores(20, 20, scale=2e4), -torch.inf)
+    X = torch.stack([hard, scores(20, 20), scores(20, 20, seed=1)])
+    p = sinkhorn(X)
+    assert residual(p) <= SUMS
+    assert (p[1:] - sinkhorn(X[1:])).abs().max() < CELLS
 
 
 def test_quick_elements_do_not_wait_for_slow_ones(
@@ -685,13 +738,19 @@ def test_forward_mode_is_refused() -> None:
     X = scores(3, 3)
     with pytest.raises((NotImplementedError, RuntimeError)):
         jvp(lambda x: sinkhorn(x, 0.7), (X,), (torch.ones(3, 3),))
+    with forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError)):
+        sinkhorn(forward_ad.make_dual(X, torch.ones(3, 3)), 0.7)
     with pytest.raises((NotImplementedError, RuntimeError)):
         hessian(lambda x: sinkhorn(x, 0.7).square().sum())(X)
 
 
 @TRACING
 def test_traced_function_follows_its_input() -> None:
-    """The number of iterations is not frozen at that of the example."""
+    """The number of iterations is not frozen at that of the example.
+
+    Nor does the trace see the graph of a size that is met for the first time.
+    """
+    sys.modules["pyro_permutations.matching_graph"]._full.cache_clear()
     easy, hard = 0.01 * torch.randn(2, 8, 8), scores(2, 8, 8, scale=30.0)
     for function in (sinkhorn, log_sinkhorn):
         traced = torch.jit.trace(function, (easy, torch.tensor(1.0)))

@@ -13,6 +13,9 @@ from pyro_permutations.distributions.gumbel_sinkhorn import (
     GumbelSinkhornStraightThrough,
 )
 from pyro_permutations.distributions.noise_kl import noise_kl
+from pyro_permutations.distributions.plackett_luce import PlackettLuce
+from pyro_permutations.distributions.plackett_luce_indices import PlackettLuceIndices
+from pyro_permutations.distributions.relaxed_plackett_luce import RelaxedPlackettLuce
 
 __all__ = [
     "GibbsMatching",
@@ -20,6 +23,9 @@ __all__ = [
     "GumbelMatching",
     "GumbelSinkhorn",
     "GumbelSinkhornStraightThrough",
+    "PlackettLuce",
+    "PlackettLuceIndices",
+    "RelaxedPlackettLuce",
     "UniformPermutation",
     "noise_kl",
 ]

@@ -8,6 +8,8 @@ __all__ = ["GibbsMatching", "UniformPermutation"]
 
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import index
+from typing import SupportsIndex
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -25,12 +27,25 @@ from pyro_permutations.distributions.gumbel_contrasts import (
     scores_on_graph,
 )
 from pyro_permutations.distributions.matching_values import possible_matchings
+from pyro_permutations.effective_draws import frequency_error
+from pyro_permutations.fractional_entropy import COUNTED
 from pyro_permutations.matching import matching, to_matrix
+from pyro_permutations.matching_blocks import blocks
 from pyro_permutations.matching_graph import MatchingGraph
 from pyro_permutations.matching_list import can_be_listed, list_matchings
+from pyro_permutations.matching_parts import undecided
 from pyro_permutations.matching_sampler import sample_gibbs
-from pyro_permutations.permanents import is_exact, log_partition, marginals
+from pyro_permutations.permanents import (
+    LARGEST_EXACT,
+    is_exact,
+    log_partition,
+    log_permanent,
+    marginals,
+)
 from pyro_permutations.unmatched_scores import Unmatched
+
+# Masks of so many large blocks have their matchings counted exactly.
+_FEW_BLOCKS = 8
 
 
 class GibbsMatching(TorchDistribution):
@@ -179,7 +194,8 @@ class GibbsMatching(TorchDistribution):
                 size = min(64, num_samples - start)
                 pairs += self._draw(lead, size).double().sum(0)
             pairs /= num_samples
-            error = (pairs * (1 - pairs) / num_samples).sqrt()
+            error = frequency_error(pairs, num_samples)
+            error = torch.where(undecided(self.graph)[..., :-1], error, 0.0)
             if bool(exact.any()):
                 small = self.graph.support & exact
                 known = marginals(torch.where(small, scores, 0.0), self.graph)
@@ -188,7 +204,8 @@ class GibbsMatching(TorchDistribution):
         loose = self.graph.slack_cells()[0][..., None]
         alone = torch.where(loose, 1 - pairs.sum(-1, keepdim=True), 0.0).clamp(0, 1)
         unsure = (error > 0).any(-1, keepdim=True)
-        doubt = torch.where(unsure, alone * (1 - alone) / num_samples, 0.0).sqrt()
+        unsure = unsure & loose
+        doubt = torch.where(unsure, frequency_error(alone, num_samples), 0.0)
         shape = self.batch_shape + self.event_shape[:1] + (self.event_shape[1] + 1,)
         probability, error = (
             torch.cat(x, -1).expand(shape).to(self.logits.dtype)
@@ -201,7 +218,7 @@ class GibbsMatching(TorchDistribution):
         return is_exact(self.graph)
 
     def entropy(self) -> Tensor:  # (*batch,)
-        """In nats; exact for up to 12 items, and calibrated for more."""
+        """In nats; exact for up to 12 items, beyond calibrated, with one derivative."""
         scores = self._scores.double()
         score = (scores * marginals(scores, self.graph)).sum((-2, -1))
         entropy = log_partition(scores, self.graph) - score
@@ -286,8 +303,9 @@ class UniformPermutation(GibbsMatching):
 
     The prior to use where nothing is known: :class:`GibbsMatching` with scores of zero.
     With no mask everything is exact for any n. With one, the number of its permutations
-    is exact if no more than 12 items hang together, and calibrated otherwise: exact to
-    1e-8 up to 16; beyond, by the entropy for a full matrix of as many items.
+    is exact to 1e-8 if no more than 20 items hang together, and beyond that
+    approximate, by the entropy for a full matrix of as many items. Of another type or
+    device it is ``GibbsMatching(x.new_zeros(n, n))``.
 
     Args:
         n: Number of items.
@@ -315,13 +333,13 @@ class UniformPermutation(GibbsMatching):
         mask: Tensor | MatchingGraph | None = None,  # (*batch, n, n) bool
         validate_args: bool | None = None,
     ) -> None:
-        if not isinstance(n, int) or n < 1:
+        if isinstance(n, bool) or not isinstance(n, SupportsIndex) or index(n) < 1:
             raise ValueError(
                 f"n must be a positive integer, the number of items, got {n!r}. For "
                 "scores of pairs use GibbsMatching(logits)."
             )
         device = None if mask is None else mask.device
-        zeros = torch.zeros(n, n, device=device)
+        zeros = torch.zeros(index(n), index(n), device=device)
         super().__init__(zeros, mask=mask, validate_args=validate_args)
 
     @property
@@ -352,9 +370,14 @@ class UniformPermutation(GibbsMatching):
 
     @classmethod
     def infer_shapes(  # type: ignore[override]
-        cls, mask: Sequence[int]
+        cls, n: Sequence[int] = (), mask: Sequence[int] | None = None
     ) -> tuple[torch.Size, torch.Size]:
-        """Batch and event shape for a given shape of the mask."""
+        """Batch and event shape for a given shape of the mask; n is a number."""
+        if mask is None:
+            raise NotImplementedError(
+                "the event shape of UniformPermutation is its number of items, not a "
+                "shape. Pass the shape of a mask."
+            )
         return torch.Size(mask[:-2]), torch.Size(mask[-2:])
 
 
@@ -363,4 +386,9 @@ def _log_count(graph: MatchingGraph) -> Tensor:
     # It outlives the mode in which it was first asked for.
     with torch.inference_mode(False), torch.no_grad():
         zeros = torch.zeros(graph.shape, dtype=torch.float64, device=graph.device)
+        sizes = [len(block.mask) for block in blocks(graph) if block.size > COUNTED]
+        largest = max((block.size for block in blocks(graph)), default=0)
+        # A block of 20 takes a second or two, once.
+        if not graph.is_full and sum(sizes) <= _FEW_BLOCKS and largest <= LARGEST_EXACT:
+            return log_permanent(zeros, mask=graph)
         return log_partition(zeros, graph)

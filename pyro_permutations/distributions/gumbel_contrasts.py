@@ -13,9 +13,12 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions.constraints import dependent_property, independent, real
 
-from pyro_permutations.constraints import contrasts, holds
+from pyro_permutations.constraints import contrasts
+from pyro_permutations.effective_draws import frequency_error
 from pyro_permutations.matching import matching
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
+from pyro_permutations.matching_parts import undecided
+from pyro_permutations.outside import holds
 from pyro_permutations.shift_integral import log_shift_integral
 from pyro_permutations.unmatched_scores import Unmatched, relative_scores
 
@@ -168,7 +171,8 @@ class GumbelContrasts(TorchDistribution):
         pairs = torch.as_tensor(total / num_samples).to(self.logits.dtype)
         alone = (1 - pairs.sum(-1, keepdim=True)).clamp_min(0)
         frequency = torch.cat([pairs, alone], -1)
-        return frequency, (frequency * (1 - frequency) / num_samples).sqrt()
+        error = frequency_error(frequency, num_samples)
+        return frequency, torch.where(undecided(self.graph), error, 0.0)
 
     @classmethod
     def infer_shapes(  # type: ignore[override]

@@ -41,13 +41,14 @@ class GumbelMatching(TorchDistribution):
     :class:`GibbsMatching`: with one row they are the same (the Gumbel-max trick), with
     n = 2 the odds are those of a sum of two logistic variables.
 
-    ``log_prob`` is exact for two items, in closed form, for a single row, and for masks
-    that fall apart into such blocks. Otherwise it is a Monte Carlo estimate from a
-    fixed generator, always the same for a value and differentiable; its standard error
-    is :meth:`log_prob_error`. Each sample conditions the noise of the value's pairs on
-    their being best, one by one, and counts how likely that was, so that no value is
-    missed. At 2048 samples the error is about .1 nats at n = 4, and it grows: for ten
-    items and more it may be half a nat, and where it is the estimate tends to be low.
+    ``log_prob`` is exact for two items, in closed form, for a single row that has to be
+    matched, and for masks that fall apart into such blocks. Otherwise it is a Monte
+    Carlo estimate from a fixed generator, always the same for a value and
+    differentiable; its standard error is :meth:`log_prob_error`. Each sample conditions
+    the noise of the value's pairs on their being best, one by one, and counts how
+    likely that was, so that no value is missed. At 2048 samples the error is about .1
+    nats at n = 4, and it grows: for ten items and more it may be half a nat, and where
+    it is the estimate tends to be low.
 
     Values are checked whatever ``validate_args`` says: a matrix that is no permutation
     matrix is an error, and one that uses a forbidden pair has log probability ``-inf``.

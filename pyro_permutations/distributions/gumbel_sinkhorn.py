@@ -27,6 +27,7 @@ from pyro_permutations.distributions.gumbel_contrasts import (
 from pyro_permutations.harden_transform import HardenTransform
 from pyro_permutations.matching import matching
 from pyro_permutations.matching_graph import MatchingGraph
+from pyro_permutations.ranking_transform import is_ranking_sample
 from pyro_permutations.transforms import (
     BirkhoffTransform,
     as_temperature,
@@ -247,6 +248,13 @@ class GumbelSinkhorn(TransformedDistribution):
         value: Tensor,  # (*sample, *batch, n, m)
     ) -> Tensor:  # (*sample, *batch)
         """Log density with respect to Lebesgue measure on the free cells."""
+        if is_ranking_sample(value):
+            raise ValueError(
+                "value is a soft ranking of RelaxedPlackettLuce, whose density has "
+                "n - 1 dimensions. Use RelaxedPlackettLuce in the model as in the "
+                "guide, RelaxedPlackettLuce(torch.zeros(n), temperature) for a flat "
+                "prior."
+            )
         if self._validate_args:
             self._validate_sample(value)
         log_density, _ = self._log_density(value)

@@ -9,8 +9,8 @@ __all__ = ["possible_matchings"]
 import torch
 from torch import Tensor
 
-from pyro_permutations.constraints import holds
 from pyro_permutations.matching_graph import MatchingGraph
+from pyro_permutations.outside import holds
 
 _NO_PERMUTATION = (
     "the value is not a permutation matrix (entries 0 and 1, a single 1 in every row "

@@ -6,7 +6,7 @@ from pyro_permutations.infer.discrete_kl import DiscreteKL_ELBO
 from pyro_permutations.infer.enumeration import posterior_by_enumeration
 from pyro_permutations.infer.informed_swaps import InformedSwaps
 from pyro_permutations.infer.matching_draws import MatchingDraws
-from pyro_permutations.infer.mixing import Mixing, mixing
+from pyro_permutations.infer.mixing import mixing
 from pyro_permutations.infer.posteriors import (
     posterior_from_guide,
     posterior_from_mcmc,
@@ -18,7 +18,6 @@ __all__ = [
     "DiscreteKL_ELBO",
     "InformedSwaps",
     "MatchingDraws",
-    "Mixing",
     "mixing",
     "posterior_by_enumeration",
     "posterior_from_guide",

@@ -28,7 +28,7 @@ from pyro_permutations.infer.guide_marginals import (
     guide_marginals,
     repeated,
 )
-from pyro_permutations.infer.permutation_sites import permutation_prior
+from pyro_permutations.infer.permutation_sites import innermost, permutation_prior
 from pyro_permutations.permanents import calibrated_entropy, calibrated_log_permanent
 
 
@@ -188,7 +188,7 @@ def _divergence(
     marginal_samples: int,
 ) -> Tensor:  # (*batch,)
     """The discrete KL. A mask on one side takes out its terms, as in other ELBOs."""
-    q, p = _inside(guide), permutation_prior(prior)
+    q, p = innermost(guide), permutation_prior(prior)
     assert isinstance(q, GumbelSinkhorn)
     assert p is not None
     B = guide_marginals(q, value, marginal_samples)
@@ -210,13 +210,6 @@ def _without_ones(fn: Any) -> tuple[Any, Any]:
     return tuple(batch), fn.event_shape
 
 
-def _inside(fn: Any) -> Any:
-    """What is under ``to_event``, ``mask`` and ``expand``."""
-    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
 def _through(fn: Any, term: Tensor) -> Tensor:
     """A term of what is inside, summed, masked and expanded as the distribution is."""
     if isinstance(fn, Independent):
@@ -234,7 +227,7 @@ def _check_guide(name: str, prior: TorchDistribution, guide_trace: Trace) -> Non
     p = permutation_prior(prior)
     assert p is not None
     guide: Any = guide_trace.nodes[name]["fn"] if name in guide_trace.nodes else None
-    q = _inside(guide)
+    q = innermost(guide)
     if not isinstance(q, GumbelSinkhorn):
         given = "is missing" if guide is None else f"is {type(q).__name__}"
         raise ValueError(

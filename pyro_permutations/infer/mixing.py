@@ -9,8 +9,12 @@ __all__ = ["Mixing", "mixing"]
 from typing import NamedTuple
 
 import torch
-from pyro.ops.stats import autocovariance, split_gelman_rubin
+from pyro.ops.stats import split_gelman_rubin
 from torch import Tensor
+
+from pyro_permutations.effective_draws import effective_draws
+from pyro_permutations.matching import to_indices
+from pyro_permutations.posterior import MatchingPosterior
 
 
 class Mixing(NamedTuple):
@@ -22,7 +26,7 @@ class Mixing(NamedTuple):
 
 
 def mixing(
-    samples: Tensor,  # (chains, samples, *batch, n, m)
+    samples: Tensor | MatchingPosterior,  # (chains, samples, *batch, n, m)
 ) -> Mixing:
     r"""R-hat and effective sample size of each item that is matched.
 
@@ -34,66 +38,63 @@ def mixing(
 
     Args:
         samples: Of ``mcmc.get_samples(group_by_chain=True)``, at least four for each
-            chain, from two chains or more if R-hat is to see chains that are stuck.
+            chain, from two chains or more if R-hat is to see chains that are stuck. Or
+            the posterior of :func:`~pyro_permutations.posterior_from_mcmc`, which has
+            indices where matrices do not fit into memory.
 
     Raises:
-        ValueError: If there are fewer than four samples, or no chain dimension.
+        ValueError: If there are fewer than four samples, or no chain dimension, or the
+            samples are not matchings.
 
     References:
-        Gelman et al., "Bayesian data analysis" (2013), section 11.4. The numbers are
-        those of ``pyro.ops.stats``, entry by entry: for all entries at once, as in
-        ``MCMC.diagnostics()``, its effective sample size is NaN as soon as one of them
-        is constant, and takes memory quadratic in the number of samples.
+        Gelman et al., "Bayesian data analysis" (2013), section 11.4. R-hat is that of
+        ``pyro.ops.stats``, entry by entry. Effective sizes are of chains split in half,
+        as R-hat is; in ``MCMC.diagnostics()`` they are NaN as soon as one entry is
+        constant, and take memory quadratic in the number of samples.
 
     Example:
         >>> samples = torch.eye(3)[torch.rand(2, 100, 3).argsort(-1)]
-        >>> samples[..., 2, :] = torch.tensor([0.0, 0.0, 1.0])
+        >>> samples[..., :2, 2], samples[..., 2, :] = 0.0, torch.tensor([0.0, 0.0, 1.0])
+        >>> samples[..., :2, :2] = torch.eye(2)[torch.rand(2, 100, 2).argsort(-1)]
         >>> found = mixing(samples)
         >>> found.r_hat.isnan(), found.constant
-        (tensor([False, False,  True]), tensor([0, 0, 3]))
+        (tensor([False, False,  True]), tensor([1, 1, 3]))
     """
-    if samples.dim() < 4 or samples.shape[1] < 4:
-        raise ValueError(
-            "samples must have shape (chains, samples, *batch, n, m) with at least 4 "
-            f"samples, got {tuple(samples.shape)}. Use "
-            "get_samples(group_by_chain=True)."
-        )
-    samples = samples.double()
-    alone = 1 - samples.sum(-1, keepdim=True)
-    entries = torch.cat([samples, alone], -1) if alone.any() else samples
-    first = entries[:1, :1]
-    changes = (entries != first).any(0).any(0)
-    chosen = entries[:, :, changes]
-    r_hat = torch.full_like(first[0, 0], -torch.inf)
-    size = torch.full_like(r_hat, torch.inf)
-    if changes.any():
-        r_hat[changes] = split_gelman_rubin(chosen)
-        parts = map(_effective_size, chosen.split(16, -1))
-        size[changes] = torch.cat(list(parts), -1)
-        stuck = changes & ~r_hat.isfinite()
-        r_hat[stuck], size[stuck] = torch.inf, 0.0
-    moves = changes.any(-1)
+    if isinstance(samples, Tensor):
+        if samples.dim() < 4 or samples.shape[1] < 4:
+            raise ValueError(
+                "samples must have shape (chains, samples, *batch, n, m) with at least "
+                f"4 samples, got {tuple(samples.shape)}. Use "
+                "get_samples(group_by_chain=True)."
+            )
+        perm, columns = to_indices(samples), samples.shape[-1]
+    elif samples.chains is None:
+        raise ValueError("the posterior must be of Markov chains, got other draws.")
+    else:
+        perm = samples.perm.unflatten(0, (samples.chains, -1))
+        columns = samples.columns
+    entries = columns + int((perm < 0).any())
+    rows = [_of_row(x, entries) for x in perm.flatten(2).unbind(-1)]
+    r_hat, size, constant = zip(*rows, strict=True)
+    shape, kind = perm.shape[2:], torch.get_default_dtype()
     return Mixing(
-        torch.where(moves, r_hat.amax(-1), torch.nan),
-        torch.where(moves, size.amin(-1), torch.nan),
-        (~changes).sum(-1),
+        torch.tensor(r_hat, dtype=kind).reshape(shape),
+        torch.tensor(size, dtype=kind).reshape(shape),
+        torch.tensor(constant).reshape(shape),
     )
 
 
-def _effective_size(
-    x: Tensor,  # (chains, samples, k)
-) -> Tensor:  # (k,)
-    """Geyer's initial monotone sequence, as in ``pyro.ops.stats``."""
-    chains, count = x.shape[:2]
-    within = x.var(1).mean(0)
-    total = within * (count - 1) / count
-    if chains > 1:
-        total = total + x.mean(1).var(0)
-    else:  # so that these are the autocorrelations of the one chain
-        within = total
-    correlation = (total - within + autocovariance(x, dim=1).mean(0)) / total
-    correlation[0] = 1.0
-    pairs = correlation[: count // 2 * 2].unflatten(0, (-1, 2)).sum(1)
-    monotone = pairs[1:].clamp_min(0).cummin(0).values.sum(0)
-    size: Tensor = chains * count / (-1 + 2 * pairs[0] + 2 * monotone)
-    return size
+def _of_row(
+    columns: Tensor,  # (chains, samples) long
+    entries: int,
+) -> tuple[float, float, int]:
+    """R-hat, effective size, and how many entries never change, of one row."""
+    found = columns.unique()
+    if len(found) == 1:
+        return torch.nan, torch.nan, entries
+    hits = (columns[..., None] == found).double()
+    r_hat = split_gelman_rubin(hits)
+    stuck = ~r_hat.isfinite()
+    size = torch.where(stuck, 0.0, effective_draws(hits))
+    r_hat = torch.where(stuck, torch.inf, r_hat)
+    return float(r_hat.max()), float(size.min()), entries - len(found)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-__all__ = ["permutation_prior", "with_prior"]
+__all__ = ["innermost", "permutation_prior", "with_prior"]
 
 from typing import Any
 
@@ -20,10 +20,16 @@ from pyro_permutations.distributions.gibbs_matching import GibbsMatching
 _WRAPPERS = (dist.Independent, MaskedDistribution, ExpandedDistribution)
 
 
-def permutation_prior(fn: Any) -> GibbsMatching | None:
-    """The discrete prior inside ``to_event``, ``mask`` and ``expand``; None if none."""
+def innermost(fn: Any) -> Any:
+    """The distribution inside ``to_event``, ``mask`` and ``expand``."""
     while isinstance(fn, _WRAPPERS):
         fn = fn.base_dist
+    return fn
+
+
+def permutation_prior(fn: Any) -> GibbsMatching | None:
+    """The discrete prior inside of those; None if it is another distribution."""
+    fn = innermost(fn)
     return fn if isinstance(fn, GibbsMatching) else None
 
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import ExpandedDistribution, Independent, MaskedDistribution
 from pyro.infer import MCMC
 from pyro.infer.mcmc.api import StreamingMCMC
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_permutations.distributions import GumbelSinkhorn
+from pyro_permutations.distributions import GumbelSinkhorn, RelaxedPlackettLuce
+from pyro_permutations.infer.permutation_sites import innermost
 from pyro_permutations.matching import matching, to_indices
 from pyro_permutations.posterior import MatchingPosterior
 
@@ -74,12 +74,12 @@ def posterior_from_guide(
     the best matching is right and the probabilities are too cautious.
 
     Args:
-        guide: The guide. It is run for every draw if its other random sites change the
-            logits of this one: where two runs differ, or if others are discrete.
+        guide: The guide. It is run once, or, if it has other random sites, on which
+            the logits of this one may depend, for every draw.
         site: Name of the permutation site.
-        *args: What the guide is run with.
-        **kwargs: Likewise.
+        *args: Arguments of the guide.
         num_samples: How many draws, where draws are needed.
+        **kwargs: Keyword arguments of the guide.
 
     Raises:
         ValueError: If the guide has no such site, or one of another kind.
@@ -93,24 +93,21 @@ def posterior_from_guide(
         torch.Size([3, 4])
     """
 
-    def run() -> tuple[Any, Any]:
-        trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        return trace, innermost(node_of(trace, site, "guide")["fn"])
+    def run() -> Any:
+        return poutine.trace(guide).get_trace(*args, **kwargs)
 
     with torch.no_grad():
-        (trace, d), (_, other) = run(), run()
-        check_whole(site, trace.nodes[site])
-        # Two runs have different values at all continuous sites, and by chance the same
-        # at discrete ones.
-        unsure = any(
-            name != site and node["fn"].support.is_discrete
-            for name, node in trace.nodes.items()
-            if node["type"] == "sample" and not site_is_subsample(node)
-        )
-        known = not unsure and hasattr(d, "logits")
-        if known and torch.equal(d.logits, other.logits):
+        trace = run()
+        d = innermost(node_of(trace, site, "guide")["fn"])
+        others = [
+            name
+            for name in trace.stochastic_nodes
+            if name != site and not site_is_subsample(trace.nodes[name])
+        ]
+        if not others:
             return posterior_of(d, num_samples)
-        perm = torch.cat([_hard_draws(run()[1], 1) for _ in range(num_samples)])
+        laws = (innermost(run().nodes[site]["fn"]) for _ in range(num_samples))
+        perm = torch.cat([_hard_draws(law, 1) for law in laws])
     return MatchingPosterior(perm, d.event_shape[-1])
 
 
@@ -149,38 +146,17 @@ def posterior_from_mcmc(mcmc: MCMC | StreamingMCMC, site: str) -> MatchingPoster
 def node_of(trace: Any, site: str, what: str) -> dict[str, Any]:
     """The site of a trace, or a ValueError that says which there are."""
     if site not in trace.nodes:
-        nodes = trace.nodes.items()
-        found = [name for name, node in nodes if node["type"] == "sample"]
-        raise ValueError(f"the {what} has no site {site!r}, but {found}.")
+        found = [*trace.stochastic_nodes]
+        raise ValueError(f"the {what} has no site {site!r}; it samples {found}.")
     node: dict[str, Any] = trace.nodes[site]
     return node
 
 
-def check_whole(name: str, node: dict[str, Any]) -> None:
-    """Raise a ValueError if a site is in a subsampled plate."""
-    frames = node["cond_indep_stack"]
-    if any(f.full_size is not None and f.size < f.full_size for f in frames):
-        raise ValueError(
-            f"site {name!r} is in a plate that is subsampled: each run is about other "
-            "elements. Use a plate of all."
-        )
-
-
-def innermost(d: Any) -> Any:
-    """The distribution inside ``to_event``, ``mask`` and ``expand``."""
-    while isinstance(d, ExpandedDistribution | Independent | MaskedDistribution):
-        d = d.base_dist
-    return d
-
-
 def is_enumerable(d: Any) -> bool:
     """Whether it is a discrete distribution of few matchings."""
-    return is_discrete_matching(d) and bool(d.has_enumerate_support)
-
-
-def is_discrete_matching(d: Any) -> bool:
-    """Whether its values are matrices of zeros and ones."""
-    return len(d.event_shape) == 2 and bool(d.support.is_discrete)
+    support = getattr(d, "support", None)
+    discrete = bool(getattr(support, "is_discrete", False))
+    return discrete and len(d.event_shape) == 2 and bool(d.has_enumerate_support)
 
 
 def _hard_draws(d: Any, num_samples: int) -> Tensor:  # (num_samples, *batch, n) long
@@ -193,12 +169,15 @@ def _hard_draws(d: Any, num_samples: int) -> Tensor:  # (num_samples, *batch, n)
         if isinstance(d, GumbelSinkhorn):
             noisy = d.base_dist._noisy_scores(size).detach()
             draws.append(to_indices(matching(noisy, mask=d.graph)))
-        elif is_discrete_matching(d):
+        elif isinstance(d, RelaxedPlackettLuce):
+            draws.append(to_indices(d._hard.sample(size)))
+        elif d.support.is_discrete and len(d.event_shape) == 2:
             draws.append(to_indices(d.sample(size)))
         else:
             raise ValueError(
                 "expected GumbelSinkhorn or a distribution of permutation matrices, "
                 f"got {type(d).__name__}. Soft draws P of another distribution are "
-                "hard ones after matching: MatchingPosterior(to_indices(matching(P)))."
+                "hard ones after matching: MatchingPosterior(to_indices(matching(P))); "
+                "draws that are indices are MatchingPosterior(perm, columns)."
             )
     return torch.cat(draws)

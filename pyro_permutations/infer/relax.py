@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_permutations.distributions.gumbel_sinkhorn import GumbelSinkhorn
 from pyro_permutations.infer.permutation_sites import permutation_prior, with_prior
+from pyro_permutations.outside import holds
 
 
 def relax(
@@ -42,9 +43,10 @@ def relax(
             anew: ``lambda x, tau: relax(model, tau)(x)`` is a model that takes it as
             an argument.
 
-    Note:
-        Condition the model first, ``relax(condition(model, data), temperature)``: in
-        the other order the site is relaxed before it is known to be observed.
+    Raises:
+        ValueError: When the model runs, if a site that was relaxed is observed as a
+            permutation after that. Condition first: ``relax(condition(model, data),
+            temperature)``.
 
     Example:
         >>> import pyro
@@ -71,3 +73,15 @@ class _Relax(Messenger):
             return
         relaxed = GumbelSinkhorn(prior.logits, self.temperature, mask=prior.graph)
         msg["fn"] = with_prior(msg["fn"], relaxed)
+        msg["infer"] = {**msg["infer"], "_relaxed_from": prior}
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        prior = msg["infer"].get("_relaxed_from")
+        if prior is None or not msg["is_observed"]:
+            return
+        if holds(prior.support.check(msg["value"])):
+            raise ValueError(
+                f"site {msg['name']!r} was relaxed before it was observed as a "
+                "permutation. Condition first, relax(condition(model, data), "
+                "temperature): then it stays discrete."
+            )

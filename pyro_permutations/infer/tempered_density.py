@@ -78,8 +78,8 @@ class TemperedDensity:
                 self.priors[name] = prior
             elif fn.support.is_discrete:
                 raise ValueError(
-                    f"site {name!r} is discrete, and no permutation: sum it out in the "
-                    "model, or condition on it."
+                    f"site {name!r} is discrete, and no UniformPermutation or "
+                    "GibbsMatching: sum it out in the model, or condition on it."
                 )
             else:
                 self.transforms[name] = biject_to(fn.support)

@@ -659,7 +659,7 @@ def test_with_a_continuous_site() -> None:
         num_particles=64, vectorize_particles=True, marginal_samples=64
     )
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), elbo)
-    losses = [svi.step(max(0.05, 0.5 * 0.98**step)) for step in range(200)]
+    losses = [svi.step(max(0.05, 0.5 * 0.98**step)) for step in range(300)]
     # By listing: the evidence of each permutation is a Gaussian integral.
     noise = 0.25 * torch.eye(3) + 4.0
     evidence = dist.MultivariateNormal(every @ x, noise).log_prob(y).logsumexp(
@@ -708,17 +708,17 @@ def test_matching_of_noisy_points() -> None:
     """Six points in the plane, seen with noise: laws over 720 permutations."""
     torch.manual_seed(9)
     sigma, bound = 0.25, 0.10
-    centres = torch.randn(3, 6, 2)
-    seen = centres + sigma * torch.randn(3, 6, 2)
+    centres = torch.randn(6, 6, 2)
+    seen = centres + sigma * torch.randn(6, 6, 2)
 
     def log_likelihood(P: Tensor) -> Tensor:
         return dist.Normal(P @ centres, sigma).log_prob(seen).sum((-2, -1))
 
     every = permutations(6).to(seen)
-    exact = log_likelihood(every[:, None]).softmax(0).mT  # (3, 720)
-    guide, _ = fit(log_likelihood, (3, 6, 6), particles=32)
+    exact = log_likelihood(every[:, None]).softmax(0).mT  # (6, 720)
+    guide, _ = fit(log_likelihood, (6, 6, 6), particles=32)
     draws = 20_000
-    noise = -torch.empty(draws, 3, 6, 6).exponential_().log()
+    noise = -torch.empty(draws, 6, 6, 6).exponential_().log()
     hard = matching(guide.logits + noise)
     code = 6 ** torch.arange(6.0)
     places = torch.arange(6.0)
@@ -726,7 +726,7 @@ def test_matching_of_noisy_points() -> None:
     order = torch.full((6**6,), -1)
     order[names] = torch.arange(720)
     index = order[((hard @ places) @ code).long()]
-    counts = torch.zeros(3, 720).scatter_add_(1, index.T, torch.ones(3, draws))
+    counts = torch.zeros(6, 720).scatter_add_(1, index.T, torch.ones(6, draws))
     found = -(exact * counts / draws).sqrt().sum(-1).log()
     best = -0.5 * exact.amax(-1).log()  # all mass on the best permutation
     flat = -(exact / 720).sqrt().sum(-1).log()

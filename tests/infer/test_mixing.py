@@ -1,14 +1,15 @@
 # Copyright Contributors to the pyro_permutations project.
 # SPDX-License-Identifier: Apache-2.0
-"""R-hat and effective sample size by item, against Pyro's of every entry."""
+"""R-hat and effective sample size by item, against those of every entry."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from pyro.ops.stats import split_gelman_rubin
 
-from pyro_permutations import mixing, to_matrix
+from pyro_permutations import MatchingPosterior, mixing, to_indices, to_matrix
+from pyro_permutations.effective_draws import effective_draws
 
 SAME = 1e-9  # the same number by two routes, relative
 
@@ -27,18 +28,34 @@ def sticky_chains(chains: int, count: int, n: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("chains", [1, 3])
-def test_the_worst_entry_of_each_row_as_pyro_has_it(chains: int) -> None:
+def test_the_worst_entry_of_each_row(chains: int) -> None:
     samples = sticky_chains(chains, 61, 4)
     found = mixing(samples)
     r_hat = split_gelman_rubin(samples)[:3, :3]
-    # With the constant entries beside them, all that Pyro returns is NaN.
-    size = effective_sample_size(samples[..., :3, :3])
+    size = effective_draws(samples)[:3, :3]  # itself tested with known chains
     assert torch.allclose(found.r_hat[:3], r_hat.amax(-1), rtol=SAME)
     assert torch.allclose(found.effective_size[:3], size.amin(-1), rtol=SAME)
     # Entries of the last row and column never change: left out, and counted.
     assert found.r_hat[3].isnan()
     assert found.effective_size[3].isnan()
     assert found.constant.tolist() == [1, 1, 1, 4]
+
+
+def test_a_posterior_of_chains_is_its_samples() -> None:
+    samples = sticky_chains(2, 40, 4)
+    perm = to_indices(samples)
+    found = mixing(MatchingPosterior(perm.flatten(0, 1), chains=2))
+    for one, other in zip(found, mixing(samples), strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+    with pytest.raises(ValueError, match="Markov chains"):
+        mixing(MatchingPosterior(perm.flatten(0, 1)))
+
+
+def test_a_chain_that_alternates_has_no_negative_size() -> None:
+    perm = torch.tensor([[0, 1], [1, 0]]).repeat(50, 1)
+    found = mixing(to_matrix(perm)[None])
+    assert (found.effective_size > 0).all()
+    assert (found.effective_size <= 100).all()
 
 
 def test_chains_that_are_stuck_apart() -> None:

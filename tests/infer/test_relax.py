@@ -92,6 +92,17 @@ def test_observed_permutations_stay_discrete() -> None:
     assert isinstance(fn_of(conditioned), UniformPermutation)
 
 
+def test_a_site_that_is_observed_after_it_was_relaxed_is_an_error() -> None:
+    def model() -> None:
+        pyro.sample("P", UniformPermutation(3))
+
+    late = pyro.condition(relax(model, 0.5), data={"P": torch.eye(3)})
+    with pytest.raises(ValueError, match="Condition first"):
+        late()
+    soft = pyro.condition(relax(model, 0.5), data={"P": torch.full((3, 3), 1 / 3)})
+    soft()  # a relaxed value of a relaxed site
+
+
 def test_the_model_itself_is_not_changed() -> None:
     def model() -> Tensor:
         return pyro.sample("P", UniformPermutation(3))
