@@ -46,8 +46,8 @@ def relax(
 
     Raises:
         ValueError: If the temperature is not positive. When the model runs, if a site
-            that was relaxed is observed as a permutation after that: condition first, ``relax(condition(model, data),
-            temperature)``.
+            that was relaxed is observed as a permutation after that: condition first,
+            ``relax(condition(model, data), temperature)``.
 
     Example:
         >>> import pyro
