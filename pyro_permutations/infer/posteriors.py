@@ -135,6 +135,8 @@ def posterior_from_mcmc(mcmc: MCMC | StreamingMCMC, site: str) -> MatchingPoster
                 f"range({mcmc.num_chains})}}), but has {sorted(kept) or 'none'}."
             )
         perm, columns = kept["perm"], kept["columns"]
+    elif mcmc._samples is None:
+        raise ValueError("the MCMC has no samples yet: call its run(...) first.")
     else:
         samples = mcmc.get_samples(group_by_chain=True)
         if site not in samples:

@@ -9,6 +9,7 @@ __all__ = ["relax"]
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -44,9 +45,9 @@ def relax(
             an argument.
 
     Raises:
-        ValueError: When the model runs, if a site that was relaxed is observed as a
-            permutation after that. Condition first: ``relax(condition(model, data),
-            temperature)``.
+        ValueError: If the temperature is not positive. When the model runs, if a site
+            that was relaxed is observed as a permutation after that: condition first,
+            ``relax(condition(model, data), temperature)``.
 
     Example:
         >>> import pyro
@@ -56,6 +57,8 @@ def relax(
         >>> relax(model, 0.5)().sum(-1)
         tensor([1., 1., 1.])
     """
+    if not holds(torch.as_tensor(temperature) > 0):
+        raise ValueError(f"temperature must be positive, got {temperature}.")
     relaxed: Callable[..., Any] = _Relax(temperature)(model)
     return relaxed
 

@@ -9,6 +9,7 @@ import math
 import pickle
 import time
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -338,10 +339,15 @@ def test_forbidden_pairs_have_no_probability():
     assert not X.grad.diagonal().any()
 
 
-@pytest.mark.parametrize("bad", [0, -1, 2.5, torch.tensor(3)])
+@pytest.mark.parametrize("bad", [0, -1, 2.5, True, torch.tensor(0)])
 def test_a_bad_number_of_items_is_named(bad):
     with pytest.raises(ValueError, match="n must be a positive integer"):
         UniformPermutation(bad)
+
+
+@pytest.mark.parametrize("n", [3, np.int64(3), torch.tensor(3)])
+def test_integers_of_other_kinds(n):
+    assert UniformPermutation(n).event_shape == (3, 3)
 
 
 def test_shapes_of_a_uniform_permutation():
