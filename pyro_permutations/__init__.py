@@ -3,6 +3,7 @@
 """Distributions over permutations and matchings for Pyro."""
 
 from pyro_permutations import metrics
+from pyro_permutations.birkhoff import birkhoff_decomposition
 from pyro_permutations.carried_log import log_of, slack_of
 from pyro_permutations.constraints import (
     contrasts,
@@ -80,6 +81,7 @@ __all__ = [
     "SinkhornTransform",
     "UniformPermutation",
     "bethe_log_permanent",
+    "birkhoff_decomposition",
     "calibrated_entropy",
     "calibrated_log_permanent",
     "contrasts",

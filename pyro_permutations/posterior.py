@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from pyro_permutations.effective_draws import effective_counts, frequency_error
-from pyro_permutations.matching import matching, to_indices, to_matrix
+from pyro_permutations.matching import matching, to_indices
+from pyro_permutations.posterior_arguments import (
+    checked_chains,
+    checked_matchings,
+    checked_weights,
+)
 
-# Numbers that are in memory at a time.
-_CHUNK = 2**22
 # What rounding may do to a sum of probabilities.
 _ROUNDING = 1e-9
 
@@ -105,32 +108,17 @@ class MatchingPosterior:
         chains: int | None = None,
         exact: bool = False,
     ) -> None:
-        if perm.dim() < 2 or perm.numel() == 0:
-            raise ValueError(
-                "perm must have shape (draws, *batch, n) with at least a draw and an "
-                f"item, got {tuple(perm.shape)}."
-            )
-        self.perm = perm.long()
+        self.perm = checked_matchings(perm, columns)
         self.columns = perm.shape[-1] if columns is None else columns
-        for some in perm.split(max(1, _CHUNK // (perm[0].numel() * self.columns))):
-            to_matrix(some, torch.bool, columns=self.columns)  # raises if it is none
-        draws, batch = perm.shape[0], perm.shape[1:-1]
-        if chains is not None and (
-            chains < 1 or draws % chains or draws < 4 * chains or weights is not None
-        ):
-            raise ValueError(
-                "chains must be a number of chains with equally many draws, at least "
-                f"four, and no weights; got {chains} chains of {draws} draws in all, "
-                f"{'without' if weights is None else 'with'} weights."
-            )
+        self.weights = checked_weights(weights, self.perm)
+        self.chains = checked_chains(chains, len(perm), weights)
         if exact and (weights is None or chains is not None):
             raise ValueError(
                 "exact probabilities are the weights of all matchings; pass weights, "
                 "and no chains."
             )
-        self.chains, self.exact = chains, exact
+        self.exact = exact
         self.dtype = torch.get_default_dtype() if weights is None else weights.dtype
-        self.weights = _normalised(weights, perm, (draws, *batch))
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -359,30 +347,6 @@ class MatchingPosterior:
 
     def _bias(self) -> Tensor:  # (*batch,)
         return 0.5 / self._independent_draws(self._probability()).amin((-2, -1))
-
-
-def _normalised(
-    weights: Tensor | None, perm: Tensor, shape: tuple[int, ...]
-) -> Tensor:  # (draws, *batch) float64
-    if weights is None:
-        return torch.full(shape, 1 / shape[0], dtype=torch.float64, device=perm.device)
-    if weights.shape not in {shape, shape[:1]}:
-        raise ValueError(
-            f"weights must have shape {shape[:1]} or {shape}, got "
-            f"{tuple(weights.shape)}."
-        )
-    double = (
-        weights.detach()
-        .double()
-        .reshape(weights.shape + (1,) * (len(shape) - weights.dim()))
-    )
-    total = double.sum(0)
-    if not ((double >= 0).all() and (total > 0).all() and total.isfinite().all()):
-        raise ValueError(
-            "weights must be finite and not negative, with a positive sum for each "
-            "matching of the batch; log weights need a softmax over the draws."
-        )
-    return (double / total).expand(shape)
 
 
 def _smallest_set(probability: Tensor, mass: float) -> Tensor:  # (*batch, k) -> bool

@@ -49,6 +49,8 @@ LAYERS = [
     ("fractional_entropy", NUMERICS),
     ("permanents", NUMERICS),
     ("effective_draws", NUMERICS),
+    ("posterior_arguments", NUMERICS),
+    ("birkhoff", NUMERICS),
     ("ranking_probability", NUMERICS),
     ("carried_log", NO_PYRO),
     ("constraints", NO_PYRO),

@@ -354,8 +354,9 @@ def test_types_follow_the_weights() -> None:
     [
         ({"perm": torch.zeros(0, 3).long()}, "at least a draw"),
         ({"perm": torch.arange(3)}, r"shape \(draws, \*batch, n\)"),
-        ({"perm": torch.tensor([[0, 0]])}, "at most once"),
-        ({"perm": torch.tensor([[0, 3]])}, "must hold each of 0..1"),
+        ({"perm": torch.tensor([[0, 0]])}, "at most once, .* got a column twice"),
+        ({"perm": torch.tensor([[0, -2]])}, "got -2 to 0"),
+        ({"perm": torch.tensor([[0, 3]])}, "got 0 to 3"),
         ({"perm": torch.eye(3)}, "must be integers"),
         ({"perm": torch.tensor([[0, 1]] * 6), "chains": 4}, "equally many"),
         ({"perm": torch.tensor([[0, 1]] * 6), "chains": 2}, "at least four"),

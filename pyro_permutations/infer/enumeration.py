@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_permutations.infer.permutation_sites import innermost
-from pyro_permutations.infer.posteriors import is_enumerable, node_of
+from pyro_permutations.infer.posteriors import check_whole, is_enumerable, node_of
 from pyro_permutations.matching import to_indices
 from pyro_permutations.posterior import MatchingPosterior
 
@@ -31,9 +31,9 @@ def posterior_by_enumeration(
     .. math:: \Pr(P \mid y) = \frac{p(P, y)}{\sum_{P'} p(P', y)}
 
     The model is run with the site conditioned on each of up to 8! matchings: on many at
-    a time, in a dimension to the left of its plates, if that agrees with four that are
-    done one by one, and else on one by one. A site in plates has a posterior for each
-    of their elements, if all else is in those plates, too.
+    a time, in a dimension to the left of its plates, if that agrees with four runs on
+    one, and else on one by one. A site in plates has a posterior for each of their
+    elements, if all else is in those plates, too.
 
     Args:
         model: The model. All other sites have to be observed: ``pyro.condition`` the
@@ -45,8 +45,9 @@ def posterior_by_enumeration(
 
     Raises:
         ValueError: If other sites are latent, if the site is relaxed, of too many items
-            or in a batch that is not a plate, if other sites are not in its plates, or
-            if no matching is possible.
+            or in a batch that is not a plate, if other sites are not in its plates or
+            tie their elements together, if a plate is subsampled, or if no matching is
+            possible.
     """
     with torch.no_grad():
         trace = poutine.trace(model).get_trace(*args, **kwargs)
@@ -64,13 +65,23 @@ def posterior_by_enumeration(
             return result
 
         trace.compute_log_prob()
-        log_joint = _at_once(run, support, batch, _depth(trace))
-        if log_joint is None:
+        try:
+            log_joint = _at_once(run, support, batch, _depth(trace))
+            right = _agrees(log_joint, run, support, batch)
+        except Exception:  # whatever a model does that is written for one matching
+            right = False
+        if not right:
             log_joint = torch.stack([_of_elements(run(P), batch) for P in support])
+            if not _agrees(log_joint, run, support, batch):
+                raise ValueError(
+                    f"the log joint density of an element of {site!r} changes with the "
+                    "matchings of others, or from run to run. Enumerate one of them, "
+                    "in a model without other randomness."
+                )
     if not (log_joint.amax(0).isfinite().all()):
         raise ValueError(
-            f"the log joint density of the model has to be a number for some value of "
-            f"{site!r}, and -inf or a number for all; got NaN, +inf or only -inf."
+            f"the log joint density has to be a number or -inf for every value of "
+            f"{site!r}, and a number for one; got NaN, +inf or only -inf."
         )
     return MatchingPosterior(
         to_indices(support), support.shape[-1], weights=log_joint.softmax(0), exact=True
@@ -105,6 +116,7 @@ def _check(trace: Any, site: str) -> torch.Size:
                 f"{-k} is no plate; declare one, or the elements may depend on another."
             )
     for name, other in _scored(trace):
+        check_whole(name, other)
         missing = frames.keys() - {f.name for f in other["cond_indep_stack"]}
         if missing:
             raise ValueError(
@@ -130,44 +142,53 @@ def _depth(trace: Any) -> int:
 
 def _of_elements(
     trace: Any, batch: torch.Size, depth: int | None = None
-) -> Tensor:  # (*batch), or (k, *batch) with the k at this depth
+) -> Tensor:  # (*batch), or (k, *batch) where k matchings are left of the depth
     """Log joint density of each element of the batch: all else is summed."""
-    total: Tensor | float = 0.0
+    terms = []
     for name, node in _scored(trace):
-        log_prob = node["log_prob"]
-        inside = log_prob.dim() if depth is None else min(log_prob.dim(), depth)
-        for k in range(1, inside + 1):
-            if k > len(batch) or batch[-k] == 1:
-                log_prob = log_prob.sum(-k, keepdim=True)
-        shape = log_prob.shape[log_prob.dim() - inside :][-len(batch) :]
-        if len(batch) and (1,) * (len(batch) - len(shape)) + tuple(shape) != batch:
+        x = torch.as_tensor(node["log_prob"])
+        lead = () if depth is None else x.shape[: max(0, x.dim() - depth)]
+        inside = (1,) * (len(batch) - x.dim() + len(lead)) + x.shape[len(lead) :]
+        x = x.reshape(*lead, -1, *inside[len(inside) - len(batch) :]).sum(len(lead))
+        for k, size in enumerate(reversed(batch), 1):
+            x = x.sum(-k, keepdim=True) if size == 1 else x
+        if x.shape[len(lead) :] != batch:
             raise ValueError(
-                f"site {name!r} has log probabilities of shape {tuple(shape)} in "
+                f"site {name!r} has log probabilities of shape {tuple(inside)} in "
                 f"plates of shape {tuple(batch)}: one for each element is needed."
             )
-        # What is left of the batch has size one, but for the matchings.
-        lead = log_prob.shape[: log_prob.dim() - inside]
-        total = total + log_prob.reshape((*lead, *batch))
-    return torch.as_tensor(total)
+        terms.append(x)
+    total: Tensor = sum(terms[1:], terms[0])
+    return total
 
 
 def _at_once(
     run: Callable[[Tensor], Any], support: Tensor, batch: torch.Size, depth: int
-) -> Tensor | None:  # (k, *batch)
-    """The log joint densities with the matchings in a dimension, if the model can."""
+) -> Tensor:  # (k, *batch)
+    """The log joint densities with the matchings in a dimension of their own."""
     gap = (1,) * (depth - len(batch))
-    step = max(1, _CHUNK // support[0].numel())
     parts = []
-    try:
-        for some in support.split(step):
-            P = some.reshape(len(some), *gap, *some.shape[1:])
-            part = _of_elements(run(P), batch, depth)
-            parts.append(part.expand(len(some), *batch))
-        log_joint = torch.cat(parts)
-        for k in {0, len(support) // 3, 2 * len(support) // 3, len(support) - 1}:
-            alone = _of_elements(run(support[k]), batch)
-            close = torch.finfo(alone.dtype).eps ** 0.5
-            torch.testing.assert_close(log_joint[k], alone, rtol=close, atol=close)
-    except (RuntimeError, ValueError, IndexError, AssertionError):
-        return None  # it was written for one matching
-    return log_joint
+    for some in support.split(max(1, _CHUNK // support[0].numel())):
+        P = some.reshape(len(some), *gap, *some.shape[1:])
+        parts.append(_of_elements(run(P), batch, depth).expand(len(some), *batch))
+    return torch.cat(parts)
+
+
+def _agrees(
+    log_joint: Tensor,  # (k, *batch)
+    run: Callable[[Tensor], Any],
+    support: Tensor,  # (k, *batch, n, m)
+    batch: torch.Size,
+) -> bool:
+    """Whether single runs, with another matching in each element, say the same."""
+    count, numbers = len(support), torch.arange(batch.numel())
+    flat = support.reshape(count, batch.numel(), *support.shape[-2:])
+    for start in (0, count // 3, 2 * count // 3, count - 1):
+        chosen = (start + 101 * numbers) % count
+        P = flat[chosen, numbers].reshape(support.shape[1:])
+        alone = _of_elements(run(P), batch)
+        found = log_joint.reshape(count, -1)[chosen, numbers].reshape(batch)
+        close = torch.finfo(alone.dtype).eps ** 0.5
+        if not torch.allclose(found, alone, close, close, equal_nan=True):
+            return False
+    return True

@@ -82,7 +82,8 @@ def posterior_from_guide(
         **kwargs: Keyword arguments of the guide.
 
     Raises:
-        ValueError: If the guide has no such site, or one of another kind.
+        ValueError: If the guide has no such site, one of another kind, or one in a
+            plate that is subsampled.
 
     Example:
         >>> import pyro
@@ -98,7 +99,9 @@ def posterior_from_guide(
 
     with torch.no_grad():
         trace = run()
-        d = innermost(node_of(trace, site, "guide")["fn"])
+        node = node_of(trace, site, "guide")
+        check_whole(site, node)
+        d = innermost(node["fn"])
         others = [
             name
             for name in trace.stochastic_nodes
@@ -152,6 +155,16 @@ def node_of(trace: Any, site: str, what: str) -> dict[str, Any]:
         raise ValueError(f"the {what} has no site {site!r}; it samples {found}.")
     node: dict[str, Any] = trace.nodes[site]
     return node
+
+
+def check_whole(name: str, node: dict[str, Any]) -> None:
+    """Raise a ValueError if a site is in a subsampled plate."""
+    frames = node["cond_indep_stack"]
+    if any(f.full_size is not None and f.size < f.full_size for f in frames):
+        raise ValueError(
+            f"site {name!r} is in a plate that is subsampled: each run is about other "
+            "elements. Use a plate of all."
+        )
 
 
 def is_enumerable(d: Any) -> bool:
