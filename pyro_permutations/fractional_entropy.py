@@ -16,7 +16,7 @@ from pyro_permutations.fractional_solver import fractional_maximum
 from pyro_permutations.matching_blocks import Block, blocks, sum_blocks, take_block
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
 from pyro_permutations.matching_parts import flattened
-from pyro_permutations.outside import holds
+from pyro_permutations.outside import holds, outside
 from pyro_permutations.subset_recursion import log_sum
 
 # With a mask the matchings of blocks of up to this many items are counted, so many
@@ -119,9 +119,9 @@ def fraction(graph: MatchingGraph, index: int) -> Tensor:  # (C,)
 
 
 @lru_cache(maxsize=256)
+@outside
 def _kept_fraction(graph: MatchingGraph, device: str, index: int) -> Tensor:
-    # It outlives the mode in which it was first asked for.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         return _fraction(blocks(graph)[index])
 
 

@@ -16,6 +16,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from pyro_permutations.matching_graph import MatchingGraph
+from pyro_permutations.outside import outside
 
 
 class Block(NamedTuple):
@@ -69,6 +70,7 @@ def sum_blocks(
 
 
 @lru_cache(maxsize=64)
+@outside
 def _blocks(graph: MatchingGraph, device: str) -> list[Block]:
     n, m = graph.shape
     # Under torch.func transforms tensors have no storage, but arrays can be made.
@@ -101,12 +103,10 @@ def _blocks(graph: MatchingGraph, device: str) -> list[Block]:
         mask = support[element[:, None, None], r[:, :, None], c[:, None, :]]
         loose = free_rows[each, r], free_columns[each, c]
         slack = bool(loose[0].any() or loose[1].any())
-        # The list outlives the mode in which it was first asked for.
-        with torch.inference_mode(False):
-            tensors = [
-                torch.from_numpy(np.array(x)).to(device)
-                for x in (element, r, c, mask, *loose)
-            ]
+        tensors = [
+            torch.from_numpy(np.array(x)).to(device)
+            for x in (element, r, c, mask, *loose)
+        ]
         e, i, j, cells, free, unfilled = tensors
         found.append(Block(e, i, j, cells, free, unfilled, slack))
     return found

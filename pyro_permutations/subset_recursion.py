@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_permutations.dual_prices import dual_prices
+from pyro_permutations.outside import outside
 
 # Tables of indices for more items than this are made anew for each call.
 _KEPT = 16
@@ -178,6 +179,7 @@ def _ends(weights: Weights, last: Tensor, low: int) -> Tensor:  # (b, sets)
 
 
 @lru_cache(maxsize=32)
+@outside
 def _numbering(size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sets by size, then as binary numbers: first of each size, place of each, sets."""
     sets = np.arange(2**size)
@@ -186,12 +188,7 @@ def _numbering(size: int) -> tuple[Tensor, Tensor, Tensor]:
     place = np.empty_like(order)
     place[order] = sets
     offset = np.concatenate([[0], np.cumsum(np.bincount(count, minlength=size + 1))])
-    with torch.inference_mode(False):
-        return (
-            torch.from_numpy(offset),
-            torch.from_numpy(place),
-            torch.from_numpy(order),
-        )
+    return torch.from_numpy(offset), torch.from_numpy(place), torch.from_numpy(order)
 
 
 def _layer(size: int, k: int, device: str) -> tuple[Tensor, Tensor]:
@@ -200,6 +197,7 @@ def _layer(size: int, k: int, device: str) -> tuple[Tensor, Tensor]:
     )
 
 
+@outside
 def _new_layer(size: int, k: int, device: str) -> tuple[Tensor, Tensor]:
     """For each set of k items its items, and the places of the sets without them."""
     offset, place, sets = (x.numpy() for x in _numbering(size))
@@ -207,11 +205,7 @@ def _new_layer(size: int, k: int, device: str) -> tuple[Tensor, Tensor]:
     inside = (chosen[:, None] >> np.arange(size)) & 1
     member = np.nonzero(inside)[1].reshape(-1, k)
     previous = place[chosen[:, None] ^ (1 << member)] - offset[k - 1]
-    with torch.inference_mode(False):
-        return (
-            torch.from_numpy(previous).to(device),
-            torch.from_numpy(member).to(device),
-        )
+    return torch.from_numpy(previous).to(device), torch.from_numpy(member).to(device)
 
 
 _kept_layer = lru_cache(maxsize=512)(_new_layer)

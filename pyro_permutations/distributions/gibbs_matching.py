@@ -35,6 +35,7 @@ from pyro_permutations.matching_graph import MatchingGraph
 from pyro_permutations.matching_list import can_be_listed, list_matchings
 from pyro_permutations.matching_parts import undecided
 from pyro_permutations.matching_sampler import sample_gibbs
+from pyro_permutations.outside import outside
 from pyro_permutations.permanents import (
     LARGEST_EXACT,
     is_exact,
@@ -382,9 +383,9 @@ class UniformPermutation(GibbsMatching):
 
 
 @lru_cache(maxsize=64)
+@outside
 def _log_count(graph: MatchingGraph) -> Tensor:
-    # It outlives the mode in which it was first asked for.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         zeros = torch.zeros(graph.shape, dtype=torch.float64, device=graph.device)
         sizes = [len(block.mask) for block in blocks(graph) if block.size > COUNTED]
         largest = max((block.size for block in blocks(graph)), default=0)
