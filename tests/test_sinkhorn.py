@@ -945,3 +945,18 @@ def test_bad_temperatures_are_refused_under_vmap() -> None:
     for bad in (-1.0, 0.0):
         with pytest.raises(ValueError, match="temperature"):
             vmap(lambda t: sinkhorn(X, t))(torch.tensor([1.0, bad]))
+
+
+@pytest.mark.parametrize(("n", "seed"), [(50, 0), (50, 7), (50, 8), (100, 0)])
+@pytest.mark.parametrize("tail", ["cauchy", "lognormal"])
+def test_logs_of_heavy_tailed_scores_converge(tail, n, seed):
+    """Warnings are errors here: a start that is too cold did not get anywhere."""
+    torch.manual_seed(seed)
+    X = torch.randn(1, n, n, dtype=torch.float64)
+    if tail == "cauchy":
+        X = X / torch.randn(1, n, n, dtype=torch.float64)
+    else:
+        X = (2 * X).exp() * 100
+    log_P = log_sinkhorn(X)
+    for dim in (-1, -2):
+        assert log_P.logsumexp(dim).abs().max() < 1e-6
