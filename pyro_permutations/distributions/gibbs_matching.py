@@ -9,7 +9,7 @@ __all__ = ["GibbsMatching", "UniformPermutation"]
 from collections.abc import Sequence
 from functools import lru_cache
 from operator import index
-from typing import SupportsIndex
+from typing import ClassVar, SupportsIndex
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -112,7 +112,7 @@ class GibbsMatching(TorchDistribution):
                 [0.9991, 0.0009, 0.0000]])
     """
 
-    arg_constraints = {"logits": independent(real, 2)}  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, Constraint]] = {"logits": independent(real, 2)}
     _validate_args: bool
 
     def __init__(
@@ -229,7 +229,7 @@ class GibbsMatching(TorchDistribution):
         self, batch_shape: Sequence[int], _instance: GibbsMatching | None = None
     ) -> GibbsMatching:
         """Return the distribution with a larger batch, on the same mask."""
-        new = self._get_checked_instance(GibbsMatching, _instance)  # type: ignore[no-untyped-call]
+        new: GibbsMatching = self._get_checked_instance(GibbsMatching, _instance)  # type: ignore[no-untyped-call]
         batch_shape = torch.Size(batch_shape)
         new.graph, new._scores = self.graph, self._scores
         new.has_enumerate_support = self.has_enumerate_support
@@ -238,7 +238,7 @@ class GibbsMatching(TorchDistribution):
             batch_shape, self.event_shape, validate_args=False
         )
         new._validate_args = self._validate_args
-        return new  # type: ignore[no-any-return]
+        return new
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:

@@ -7,11 +7,17 @@ from __future__ import annotations
 __all__ = ["GumbelContrasts"]
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions.constraints import dependent_property, independent, real
+from torch.distributions.constraints import (
+    Constraint,
+    dependent_property,
+    independent,
+    real,
+)
 
 from pyro_permutations.constraints import contrasts
 from pyro_permutations.effective_draws import frequency_error
@@ -68,7 +74,7 @@ class GumbelContrasts(TorchDistribution):
         torch.Size([])
     """
 
-    arg_constraints = {"logits": independent(real, 2)}  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, Constraint]] = {"logits": independent(real, 2)}
     has_rsample = True
     _validate_args: bool
 
@@ -105,7 +111,7 @@ class GumbelContrasts(TorchDistribution):
         self, batch_shape: Sequence[int], _instance: GumbelContrasts | None = None
     ) -> GumbelContrasts:
         """Return the distribution with a larger batch, on the same mask."""
-        new = self._get_checked_instance(GumbelContrasts, _instance)  # type: ignore[no-untyped-call]
+        new: GumbelContrasts = self._get_checked_instance(GumbelContrasts, _instance)  # type: ignore[no-untyped-call]
         batch_shape = torch.Size(batch_shape)
         new.graph, new.density_samples = self.graph, self.density_samples
         new.logits = self.logits.expand(batch_shape + self.event_shape)
@@ -113,7 +119,7 @@ class GumbelContrasts(TorchDistribution):
             batch_shape, self.event_shape, validate_args=False
         )
         new._validate_args = self._validate_args
-        return new  # type: ignore[no-any-return]
+        return new
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw with a gradient to the logits, shape ``(*sample, *batch, n, m)``."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 __all__ = ["GumbelMatching"]
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -78,7 +79,7 @@ class GumbelMatching(TorchDistribution):
         (tensor(0.9569), tensor(0.))
     """
 
-    arg_constraints = {"logits": independent(real, 2)}  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, Constraint]] = {"logits": independent(real, 2)}
     _validate_args: bool
 
     def __init__(
@@ -156,7 +157,7 @@ class GumbelMatching(TorchDistribution):
         self, batch_shape: Sequence[int], _instance: GumbelMatching | None = None
     ) -> GumbelMatching:
         """Return the distribution with a larger batch, on the same mask."""
-        new = self._get_checked_instance(GumbelMatching, _instance)  # type: ignore[no-untyped-call]
+        new: GumbelMatching = self._get_checked_instance(GumbelMatching, _instance)  # type: ignore[no-untyped-call]
         new._noisy = self._noisy.expand(batch_shape)
         new.density_samples = self.density_samples
         new._copy_from_noisy()
@@ -164,7 +165,7 @@ class GumbelMatching(TorchDistribution):
             new._noisy.batch_shape, self.event_shape, validate_args=False
         )
         new._validate_args = self._validate_args
-        return new  # type: ignore[no-any-return]
+        return new
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:

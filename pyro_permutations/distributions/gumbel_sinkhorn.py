@@ -7,6 +7,7 @@ from __future__ import annotations
 __all__ = ["GumbelSinkhorn", "GumbelSinkhornStraightThrough"]
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from pyro.distributions import TransformedDistribution
@@ -129,7 +130,7 @@ class GumbelSinkhorn(TransformedDistribution):
         (torch.Size([2, 1]), tensor(True))
     """
 
-    arg_constraints = {  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, Constraint]] = {
         "logits": independent(real, 2),
         "temperature": positive,
     }

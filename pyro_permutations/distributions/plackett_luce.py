@@ -9,6 +9,7 @@ __all__ = ["PlackettLuce", "check_ranking_arguments"]
 from collections.abc import Sequence
 from itertools import permutations
 from math import perm as number_of_rankings
+from typing import ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -95,7 +96,7 @@ class PlackettLuce(TorchDistribution):
                 [0., 1., 0., 0.]])
     """
 
-    arg_constraints = {"logits": independent(real, 1)}  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, Constraint]] = {"logits": independent(real, 1)}
     _validate_args: bool
 
     def __init__(
@@ -186,7 +187,7 @@ class PlackettLuce(TorchDistribution):
         self, batch_shape: Sequence[int], _instance: PlackettLuce | None = None
     ) -> PlackettLuce:
         """Return the distribution with a larger batch."""
-        new = self._get_checked_instance(PlackettLuce, _instance)  # type: ignore[no-untyped-call]
+        new: PlackettLuce = self._get_checked_instance(PlackettLuce, _instance)  # type: ignore[no-untyped-call]
         batch_shape = torch.Size(batch_shape)
         new.top, new.has_enumerate_support = self.top, self.has_enumerate_support
         new.logits = self.logits.expand(batch_shape + self.logits.shape[-1:])
@@ -194,7 +195,7 @@ class PlackettLuce(TorchDistribution):
             batch_shape, self.event_shape, validate_args=False
         )
         new._validate_args = self._validate_args
-        return new  # type: ignore[no-any-return]
+        return new
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw rankings, of shape ``(*sample, *batch, k, n)``."""

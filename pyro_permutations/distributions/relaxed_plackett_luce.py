@@ -7,6 +7,7 @@ from __future__ import annotations
 __all__ = ["RelaxedPlackettLuce"]
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from pyro.distributions import TransformedDistribution
@@ -90,7 +91,7 @@ class RelaxedPlackettLuce(TransformedDistribution):
         tensor(True)
     """
 
-    arg_constraints = {  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, Constraint]] = {
         "logits": independent(real, 1),
         "temperature": positive,
     }

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 __all__ = ["GivenValues"]
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -51,7 +51,7 @@ class GivenValues(Messenger):
 class _Score(TorchDistribution):
     """The log probability of a matching up to a constant, differentiable in it."""
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, prior: GibbsMatching, normalized: bool, hide: bool) -> None:
         self.prior, self.normalized, self.hide = prior, normalized, hide
