@@ -22,12 +22,12 @@ from pyro_permutations import (
     calibrated_entropy,
     log_permanent,
 )
-from pyro_permutations.distributions import gibbs_matching
+from pyro_permutations.distributions.uniform_permutation import _log_count
 from pyro_permutations.fractional_entropy import _kept_fraction
 from pyro_permutations.matching_blocks import _blocks
 from pyro_permutations.subset_recursion import _kept_layer, _numbering
 
-CACHES = (_kept_fraction, _blocks, _kept_layer, _numbering, gibbs_matching._log_count)
+CACHES = (_kept_fraction, _blocks, _kept_layer, _numbering, _log_count)
 OFF_DIAGONAL = ~torch.eye(5, dtype=torch.bool)
 CASES = {
     "full": {},

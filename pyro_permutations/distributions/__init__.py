@@ -2,10 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributions over permutations and their relaxations."""
 
-from pyro_permutations.distributions.gibbs_matching import (
-    GibbsMatching,
-    UniformPermutation,
-)
+from pyro_permutations.distributions.gibbs_matching import GibbsMatching
 from pyro_permutations.distributions.gumbel_contrasts import GumbelContrasts
 from pyro_permutations.distributions.gumbel_matching import GumbelMatching
 from pyro_permutations.distributions.gumbel_sinkhorn import (
@@ -16,6 +13,7 @@ from pyro_permutations.distributions.noise_kl import noise_kl
 from pyro_permutations.distributions.plackett_luce import PlackettLuce
 from pyro_permutations.distributions.plackett_luce_indices import PlackettLuceIndices
 from pyro_permutations.distributions.relaxed_plackett_luce import RelaxedPlackettLuce
+from pyro_permutations.distributions.uniform_permutation import UniformPermutation
 
 __all__ = [
     "GibbsMatching",
