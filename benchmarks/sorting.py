@@ -3,7 +3,7 @@
 """How often learned sorting fails, for all sizes and ranges, over seeds.
 
     python benchmarks/sorting.py --quick    # fewer seeds, up to n = 15
-    python benchmarks/sorting.py            # 21 minutes on a shared core
+    python benchmarks/sorting.py            # 3 minutes on one core
 
 Networks and training are those of tutorials/sorting.py, at its default settings: a line
 for every size, and the two perceptrons for n = 10 and 80. A line of the table MISSES if

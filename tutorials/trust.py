@@ -26,7 +26,7 @@ and, because there are only 5040, by enumeration: the truth that they are judged
 Expected, in half a minute: relaxed SVI spreads the probabilities of doubtful cells
 over too many names, by about .2 in total variation of their marginals; discrete-KL SVI
 is off by .05 (.04 to .08 with other seeds and --smoke), informed swaps by their Monte
-Carlo error, .003.
+Carlo error, .004.
 
 How to choose. Relaxed SVI for a good assignment of hundreds of items, or a start for
 the others. Discrete-KL SVI for probabilities inside of a larger model that is trained
