@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The discrete KL of SVI: bias and noise of its estimate, and what training makes.
 
-    python benchmarks/discrete_kl.py --quick    # two minutes
+    python benchmarks/discrete_kl.py --quick    # five minutes
     python benchmarks/discrete_kl.py            # a quarter of an hour
 
 First the divergence log n! - H_g(B) of a guide with random scores to the uniform law,

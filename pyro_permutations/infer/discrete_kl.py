@@ -63,7 +63,7 @@ class DiscreteKL_ELBO(TraceMeanField_ELBO):  # noqa: N801  # as Pyro names them
     What is approximate: H is exact for two items, at permutations and at the uniform
     law; between, see :func:`calibrated_entropy`. Where most of n items are certain and
     a few are in doubt, H is too small and probabilities are too sharp, the more the
-    larger n: .75 for one of two items becomes .82 among 3, .91 among 6 and .94 among 8
+    larger n: .75 for one of two items becomes .81 among 3, .92 among 6 and .94 among 8
     (``benchmarks/discrete_kl.py``). A mask that leaves the certain pairs alone cures
     it, as H is calibrated on each part of the mask; ``InformedSwaps`` has no such
     error. The estimate of B makes the divergence
