@@ -6,7 +6,6 @@ from __future__ import annotations
 
 __all__ = ["fractional_maximum"]
 
-import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from pyro_permutations.dual_prices import dual_prices
 from pyro_permutations.row_simplex import Rows, curvature, solve_rows
 from pyro_permutations.spanning_trees import to_front
-from pyro_permutations.warnings import ConvergenceWarning
+from pyro_permutations.warnings import ConvergenceWarning, warn
 
 # Rows are exact; Newton stops where no column sum is off by more, and warns if rounding
 # stops it at more than the second.
@@ -195,7 +194,7 @@ def _solve(problem: _Problem, gamma: Tensor) -> _State:
         before, stage_before, stage = state.v, stage, smaller
     residual = float(state.error.abs().amax()) if state.error.numel() else 0.0
     if not residual <= _ACCEPTED:
-        warnings.warn(
+        warn(
             ConvergenceWarning(
                 residual,
                 iterations,
@@ -203,8 +202,7 @@ def _solve(problem: _Problem, gamma: Tensor) -> _State:
                 solver="An approximate log permanent",
                 remedy="Its value is too large by up to about this times the spread of "
                 "the scores. Scale the scores down; up to 20 items, use log_permanent.",
-            ),
-            stacklevel=2,
+            )
         )
     return state
 

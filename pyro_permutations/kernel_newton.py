@@ -19,6 +19,7 @@ __all__ = [
     "factorized",
     "few",
     "large",
+    "mapped",
     "newton",
     "replaced",
     "small",
@@ -105,6 +106,15 @@ def few(going: Tensor) -> bool:
 def large(kernel: Tensor) -> bool:
     """Whether a copy costs less than the calls that make it."""
     return kernel.numel() > _MANY
+
+
+def mapped(x: Tensor) -> bool:
+    """Whether ``vmap`` maps over a tensor, which has no numbers of its own then."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return True
+    return False
 
 
 def replaced(

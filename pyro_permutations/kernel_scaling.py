@@ -20,6 +20,7 @@ from pyro_permutations.kernel_newton import (
     factorized,
     few,
     large,
+    mapped,
     newton,
     replaced,
     small,
@@ -88,8 +89,9 @@ def scale_kernel(
     if small(scores) and not residual <= tol:  # NaN too
         index = (~(error <= tol)).flatten().nonzero()[:, 0]
         some = (x[index] for x in (scores, rows, columns))
-        inner, steps = _scale_by_products(*some, **case)
+        inner, more = _scale_by_products(*some, **case)
         p, g, error = replaced((p, g, error), index, inner)
+        steps += more
         residual = float(error.amax())
     return Scaling(p, g, residual, steps)
 
@@ -238,7 +240,7 @@ def solve_marginals(
     one_n, one_m = torch.ones_like(r), torch.ones_like(c)
     system = System(p, leaks, r, c)
     rest = b - times(a / r, p)
-    if small(p):
+    if small(p) or mapped(rest):  # how far iterations go cannot depend on rest
         y = factorized(system, one_n, one_m, rest)
     else:
         stop = 1e-8 * rest.abs().amax(-1, keepdim=True)

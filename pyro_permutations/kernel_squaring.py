@@ -18,6 +18,8 @@ __all__ = ["scale_by_squaring"]
 
 # The first temperature, in terms of how far scores are below the best of their row.
 _FIRST = 0.4
+# Elements of a large batch have the same one where those differ by less than this.
+_RANGE = 8.0
 # Temperatures halve unless an error of a sum is larger than this. What extrapolation
 # leaves, mostly .2 to .5, is taken away by the Newton step that goes with it.
 _STAGE_TOLERANCE = 1.0
@@ -44,7 +46,7 @@ _HIGHEST = 50.0
 class _State(NamedTuple):
     """A kernel at the temperature 2^k, and what its scaling is to add up to."""
 
-    p: Tensor  # (b, n, m), or m + 1 with slack
+    p: Tensor  # (b, n, m), or m + 1 with slack; scores before there is a temperature
     g: Tensor  # (b, 1, m), potentials
     weights: Tensor  # (b, 1, n), square roots of the row sums
     columns: Tensor  # (b, 1, m)
@@ -52,7 +54,7 @@ class _State(NamedTuple):
 
     def at(self, index: Tensor) -> _State:
         """Those of some batch elements."""
-        p, g, weights, columns = (x[index] for x in self[:4])
+        p, g, weights, columns = (x.index_select(0, index) for x in self[:4])
         return _State(p, g, weights, columns, tuple(x[index] for x in self.drains))
 
 
@@ -83,10 +85,8 @@ def scale_by_squaring(
     # What is done in place counts versions for autograd otherwise, 7% of the time.
     with torch.inference_mode():
         base = scores - scores.amax(-1, keepdim=True)
-        k = max(0, math.frexp(_FIRST * _depth(base, masked or slack))[1])
-        p, g = (base * 0.5**k).exp_(), torch.zeros_like(columns)
-        state = _State(p, g, rows.sqrt(), columns, drains)
-        (p, g, lacking), steps = _scaled(state, k, tol, 0)
+        state = _State(base, torch.zeros_like(columns), rows.sqrt(), columns, drains)
+        (p, g, lacking), steps = _cooled(state, _depth(base, masked or slack), tol)
         if masked or slack:
             p.masked_fill_(base == -torch.inf, 0.0)
     p, g, error = p * state.weights.mT, g.clone(), _error(lacking)
@@ -97,12 +97,31 @@ def scale_by_squaring(
     return (p, g, error), steps
 
 
-def _depth(base: Tensor, masked: bool) -> float:
-    """How far scores are below the best of their row: the largest mean of a matrix."""
+def _depth(base: Tensor, masked: bool) -> Tensor:  # (b,)
+    """How far scores are below the best of their row, in the mean."""
     if not masked:
-        return -float(base.mean((-2, -1)).amin())
+        return -base.mean((-2, -1))
     allowed = (base > -torch.inf).sum((-2, -1))
-    return -float((base.nan_to_num(neginf=0.0).sum((-2, -1)) / allowed).amin())
+    return -base.nan_to_num(neginf=0.0).sum((-2, -1)) / allowed
+
+
+def _cooled(
+    state: _State,
+    depth: Tensor,  # (b,)
+    tol: float,
+) -> tuple[tuple[Tensor, ...], int]:
+    """The same as of :func:`_scaled`, from scores; what is far deeper goes alone."""
+    low, high = (max(1.0, _FIRST * float(x)) for x in depth.aminmax())
+    if high > _RANGE * low and large(state.p):
+        hard = _FIRST * depth > (high * low) ** 0.5
+        some, others = hard.nonzero()[:, 0], (~hard).nonzero()[:, 0]
+        wild, more = _cooled(state.at(some), depth[some], tol)
+        mild, steps = _cooled(state.at(others), depth[others], tol)
+        both = (x.new_empty(len(depth), *x.shape[1:]) for x in mild)
+        result = replaced(replaced(tuple(both), others, mild), some, wild)
+        return result, steps + more
+    k = math.ceil(math.log2(high))
+    return _scaled(state._replace(p=(state.p * 0.5**k).exp_()), k, tol, 0)
 
 
 def _scaled(
@@ -124,8 +143,16 @@ def _scaled(
         steps += 1
         most = _MOST_STEPS if k == 0 else _MOST_WAITS
         if not worst < torch.inf or steps + k > begun + most:
-            lacking = lacking if k == 0 else torch.full_like(lacking, torch.inf)
-            break
+            if k == 0:
+                break
+            good = (_error(lacking) <= _STAGE_TOLERANCE).flatten()
+            result = p, g, torch.full_like(lacking, torch.inf)
+            if not bool(good.any()):
+                return result, steps
+            index = good.nonzero()[:, 0]
+            state = _State(p, g, weights, columns, drains).at(index)
+            inner, steps = _scaled(state, k, tol, steps)
+            return replaced(result, index, inner), steps
         if k == 0 and (worst <= _SHARP * tol or (worst <= tol and close)):
             break
         if k == 0 and large(p) and few(left := _error(lacking) > _SHARP * tol):

@@ -5,21 +5,21 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from pyro_permutations.kernel_newton import mapped
 from pyro_permutations.kernel_scaling import scale_kernel, solve_marginals
 from pyro_permutations.matching_graph import WIRE, MatchingGraph
 from pyro_permutations.matching_parts import falls_apart, flattened, parts, put, take
 from pyro_permutations.sinkhorn_arguments import LARGEST, NOT_FINITE, checked
-from pyro_permutations.sinkhorn_solvers import solve
+from pyro_permutations.sinkhorn_solvers import Solution, last_step, solve
 from pyro_permutations.spanning_trees import currents, to_front
 from pyro_permutations.unmatched_scores import Unmatched
-from pyro_permutations.warnings import ConvergenceWarning
+from pyro_permutations.warnings import ConvergenceWarning, warn
 
 __all__ = ["log_scaling", "log_sinkhorn", "log_sinkhorn_with_slack", "sinkhorn"]
 
@@ -216,14 +216,14 @@ def _solved(
     support = None if graph.is_full else graph.cells
     root = graph.root[..., None, :]
     arguments = scores, support, root, rows, columns, tol, graph.has_slack
-    if _stands_alone(scores):
+    if _stands_alone(scores, rows, columns):
         with torch.no_grad():
             return solver.forward(*arguments)
     result: Tensor = solver.apply(*arguments)  # type: ignore[no-untyped-call]
     return result
 
 
-def _stands_alone(scores: Tensor) -> bool:
+def _stands_alone(scores: Tensor, *sums: Tensor) -> bool:
     """Whether nobody asks for a derivative, or maps: then autograd can be left out.
 
     It takes as long as two Newton steps for small matrices.
@@ -231,9 +231,7 @@ def _stands_alone(scores: Tensor) -> bool:
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if tracing or (torch.is_grad_enabled() and scores.requires_grad):
         return False
-    try:
-        scores.data_ptr()
-    except RuntimeError:  # under torch.func
+    if any(map(mapped, (scores, *sums))):
         return False
     return unpack_dual(scores).tangent is None
 
@@ -254,7 +252,7 @@ class _LogSinkhorn(torch.autograd.Function):
         x, r, c = _flattened(scores, support, rows, columns)
         root = root.expand(*scores.shape[:-2], 1, -1).reshape(-1, x.shape[-1])
         solution = solve(x, r, c, root, tol, slack=slack, masked=support is not None)
-        _warn(solution.residual, solution.iterations, tol)
+        _warn(solution, tol)
         return solution.log_p.reshape(scores.shape)
 
     @staticmethod
@@ -337,6 +335,12 @@ def _flattened(
     )
 
 
-def _warn(residual: float, iterations: int, tol: float) -> None:
-    if not residual <= tol:
-        warnings.warn(ConvergenceWarning(residual, iterations, tol), stacklevel=5)
+def _warn(solution: Solution, tol: float) -> None:
+    steps, left = solution.iterations, solution.left
+    if not solution.residual <= tol:
+        warn(ConvergenceWarning(solution.residual, steps, tol))
+    elif left:
+        what = "the log of a small entry"
+        remedy = "The sums are right: sinkhorn() needs no more. Raise the temperature."
+        target = last_step(tol)
+        warn(ConvergenceWarning(left, steps, target, what=what, remedy=remedy))

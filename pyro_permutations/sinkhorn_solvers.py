@@ -18,7 +18,7 @@ from pyro_permutations.matching import best_assignments
 from pyro_permutations.matching_graph import WIRE
 from pyro_permutations.resistor_network import Network
 
-__all__ = ["Solution", "solve"]
+__all__ = ["Solution", "last_step", "solve"]
 
 # Newton stops when its next step would move no log potential by more than this; it has
 # converged quadratically by then, so that what is left is about the square.
@@ -46,8 +46,14 @@ class Solution(NamedTuple):
     """A scaled matrix and how it was reached."""
 
     log_p: Tensor  # (b, n, m)
-    residual: float  # largest error of a sum; where steps ran out, of a log potential
+    residual: float  # largest error of a sum
+    left: float  # the last step of a log potential, where steps ran out; else zero
     iterations: int
+
+
+def last_step(tol: float) -> float:
+    """Below which step of the log potentials Newton stops."""
+    return min(_LAST_STEP, tol**0.5 / 10)
 
 
 def solve(
@@ -86,7 +92,7 @@ def solve(
     best = _BestMatching(scores, slack) if square else None
     while True:
         last = scale == 1
-        target = torch.where(last, min(_LAST_STEP, tol**0.5 / 10), _STAGE_STEP)
+        target = torch.where(last, last_step(tol), _STAGE_STEP)
         log_p, steps, left = _newton(log_p, log_rows, columns, root, target, best)
         iterations += steps
         if bool(last.all()):
@@ -103,7 +109,7 @@ def solve(
     error = error[..., :-1] if slack else error
     residual = float(error.amax()) if error.numel() else 0.0
     # For other sums than one there are no flows to balance, only sums to get right.
-    return Solution(log_p, max(residual, left if square else 0.0), iterations)
+    return Solution(log_p, residual, left if square else 0.0, iterations)
 
 
 def _extrapolate(

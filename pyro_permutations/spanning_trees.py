@@ -146,7 +146,7 @@ class _Currents(torch.autograd.Function):
 
     @staticmethod
     def forward(log_weights: Tensor, flow: Tensor, root: Tensor) -> Tensor:
-        log_weights, flow = torch.broadcast_tensors(log_weights, flow)
+        log_weights, flow = _together(log_weights, flow)
         return Network(log_weights, root[..., 0, :]).currents(flow).reshape(flow.shape)
 
     @staticmethod
@@ -170,7 +170,7 @@ class _Response(torch.autograd.Function):
 
     @staticmethod
     def forward(log_weights: Tensor, change: Tensor, root: Tensor) -> Tensor:
-        log_weights, change = torch.broadcast_tensors(log_weights, change)
+        log_weights, change = _together(log_weights, change)
         return (
             Network(log_weights, root[..., 0, :]).response(change).reshape(change.shape)
         )
@@ -206,6 +206,12 @@ def to_front(info: Any, in_dims: Any, arguments: Any) -> list[Any]:
         else x
         for x, d in zip(moved, in_dims, strict=True)
     ]
+
+
+def _together(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one shape; is_grads_batched knows no rule for broadcast_tensors."""
+    shape = torch.broadcast_shapes(x.shape, y.shape)
+    return x.expand(shape), y.expand(shape)
 
 
 def _squared_transfer(

@@ -4,17 +4,21 @@
 
 from __future__ import annotations
 
-__all__ = ["ConvergenceWarning", "LostLogWarning"]
+import sys
+import warnings
+
+__all__ = ["ConvergenceWarning", "LostLogWarning", "warn"]
 
 
 class ConvergenceWarning(UserWarning):
     """An iteration stopped before it reached its tolerance.
 
     Args:
-        residual: The largest error that is left in a row or column sum.
+        residual: How far off it is.
         iterations: The number of steps that were taken.
         tolerance: The error that was asked for.
         solver: The name of what stopped, as the message begins.
+        what: What is off, a row or column sum if nothing else is said.
         remedy: What to do about it, as the message ends.
     """
 
@@ -25,13 +29,14 @@ class ConvergenceWarning(UserWarning):
         tolerance: float,
         *,
         solver: str = "Sinkhorn",
+        what: str = "a row or column sum",
         remedy: str = "The hard matching can be right all the same. Raise the "
         "temperature, or pass a larger tol.",
     ) -> None:
         """Build the message from the numbers and keep them as attributes."""
         super().__init__(
-            f"{solver} stopped after {iterations} steps with a row or column sum off "
-            f"by {residual:.3g} (tolerance {tolerance:.3g}). {remedy}"
+            f"{solver} stopped after {iterations} steps with {what} off by "
+            f"{residual:.3g} (tolerance {tolerance:.3g}). {remedy}"
         )
         self.residual = residual
         self.iterations = iterations
@@ -40,3 +45,12 @@ class ConvergenceWarning(UserWarning):
 
 class LostLogWarning(UserWarning):
     """A doubly stochastic value lost its logarithm and has entries of exactly zero."""
+
+
+def warn(warning: Warning) -> None:
+    """Warn, as from the line that called this package."""
+    level, frame = 1, sys._getframe()
+    ours = "pyro_permutations", "torch"
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ours:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(warning, stacklevel=level)

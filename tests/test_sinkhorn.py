@@ -145,6 +145,17 @@ def test_convergence_warning_is_one_and_carries_the_numbers() -> None:
     assert text.endswith("Raise the temperature, or pass a larger tol.")
 
 
+def test_warning_says_what_is_off_and_points_at_the_caller(monkeypatch) -> None:
+    """The sums come right before the logs do, and no larger tol helps then."""
+    monkeypatch.setattr(sinkhorn_solvers, "_MOST_STEPS", 3)
+    for X in (scores(8, 50, 50), scores(8, 50, 50).requires_grad_()):
+        with pytest.warns(ConvergenceWarning, match="log of a small entry off") as all_:
+            log_P = log_sinkhorn(X, 0.02, tol=0.5)
+        assert residual(log_P.detach().exp()) <= 0.5
+        assert [w.filename for w in all_] == [__file__]
+        assert "tol" not in str(all_[0].message).rsplit(").", 1)[1]
+
+
 def test_no_warning_when_all_is_well() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -667,7 +678,58 @@ def test_quick_elements_do_not_wait_for_slow_ones(
     assert entries(X, tau) < 1.3 * apart
 
 
+@pytest.mark.parametrize("kind", ["deep", "hopeless"])
+def test_small_elements_do_not_wait_for_hard_ones(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices that are factorized: little more than those of the elements apart."""
+    module = sys.modules["pyro_permutations.kernel_squaring"]
+    factor, made = module._factor, [0]
+
+    def counted(p: Tensor, sums: Tensor) -> Tensor:
+        made[0] += len(p)
+        return factor(p, sums)
+
+    def factors(X: Tensor) -> int:
+        made[0] = 0
+        p = sinkhorn(X)
+        assert residual(p) <= SUMS
+        return made[0]
+
+    monkeypatch.setattr(module, "_factor", counted)
+    X = scores(400, 10, 10)
+    X[7] = 1e3 * X[7] if kind == "deep" else torch.ones(10, 10).tril() * 2e4
+    apart = sum(factors(x) for x in X.split(8))
+    assert factors(X) < 1.3 * apart
+    assert (sinkhorn(X)[7] - sinkhorn(X[7])).abs().max() < CELLS
+
+
 # Program transformations
+
+
+@pytest.mark.parametrize("function", [sinkhorn, log_sinkhorn])
+@pytest.mark.parametrize("n", [5, 60])  # factorized, and by conjugate gradients
+def test_many_gradients_at_once(n: int, function) -> None:
+    """What ``jacobian(vectorize=True)`` asks for, too."""
+    X = scores(2, n, n).requires_grad_()
+    P = function(X, 0.3)
+    G = scores(3, 2, n, n, seed=1)
+    (found,) = torch.autograd.grad(P, X, G, is_grads_batched=True, retain_graph=True)
+    for g, one in zip(G, found, strict=True):
+        (expected,) = torch.autograd.grad(P, X, g, retain_graph=True)
+        assert (one - expected).abs().max() < GRADIENTS * expected.abs().max()
+
+
+def test_vmap_over_the_sums() -> None:
+    X = scores(4, 4)
+    rows = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.5, 1.5, 1.2, 0.8]])
+    graph = matching_graph(None, shape=(4, 4))
+
+    def scaled(r: Tensor) -> Tensor:
+        return log_scaling(X, graph, (r, torch.ones(4)))
+
+    expected = torch.stack([scaled(r) for r in rows])
+    assert (vmap(scaled)(rows) - expected).abs().max() < EXACT
 
 
 def test_vmap_over_scores_and_temperature() -> None:
