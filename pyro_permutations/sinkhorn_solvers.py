@@ -53,7 +53,7 @@ class Solution(NamedTuple):
 
 def last_step(tol: float) -> float:
     """Below which step of the log potentials Newton stops."""
-    return min(_LAST_STEP, tol**0.5 / 10)
+    return min(_LAST_STEP, math.sqrt(tol) / 10)
 
 
 def solve(
