@@ -29,10 +29,11 @@ _MOST_STEPS = 40
 # No potential moves further in a step of Newton, nor in an extrapolation.
 _LONGEST = 1.5
 _FARTHEST = 100.0
-# Entries are raised to this: arithmetic on denormal numbers is several times slower.
-# From exp(-300) squares (-600) and what rows and columns move (200) stay below it, and
-# as many steps of Newton (120) below what a sum can see.
-_FLOOR = 1e-130
+# Entries are raised to this before they are squared: neither squares, nor what rows and
+# columns move then (exp(-100)), nor products of such are denormal, on which arithmetic
+# is ten times slower. Its square exp(-230), moved by an extrapolation (100) and as many
+# steps of Newton (60), still is less than what a sum can see.
+_FLOOR = 1e-50
 # Ties between columns that are weaker than this share of their sums are left to it.
 _RIDGE = 1e-13
 # At low temperatures gradients feel errors of the sums many times over. Errors of more
@@ -171,8 +172,8 @@ def _scaled(
         now = g + move
         if k > 0 and (worst <= _STAGE_TOLERANCE or steps == 1):
             k -= 1
-            p *= p
             p.clamp_min_(_FLOOR)
+            p *= p
             # At half the temperature potentials count twice.
             ahead = 2 * now if before is None else torch.lerp(before, now, 3)
             move = torch.sub(ahead, g, alpha=2).clamp_(-_FARTHEST, _FARTHEST)
