@@ -130,14 +130,18 @@ def posterior_from_mcmc(mcmc: MCMC | StreamingMCMC, site: str) -> MatchingPoster
             are fewer than four draws.
     """
     if isinstance(mcmc, StreamingMCMC):
-        kept = mcmc.get_statistics(group_by_chain=False).get(site, {})
-        if "perm" not in kept:
+        kept = mcmc.get_statistics()
+        found = [kept.get((chain, site), {}) for chain in range(mcmc.num_chains)]
+        if not all("perm" in each for each in found):
+            lacking = next(each for each in found if "perm" not in each)
             raise ValueError(
                 f"site {site!r} needs MatchingDraws as its statistic, statistics="
                 f"StatsOfDict({{(chain, {site!r}): MatchingDraws for chain in "
-                f"range({mcmc.num_chains})}}), but has {sorted(kept) or 'none'}."
+                f"range({mcmc.num_chains})}}), and a run(...), but has "
+                f"{sorted(lacking) or 'none'}."
             )
-        perm, columns = kept["perm"], kept["columns"]
+        perm = torch.cat([each["perm"] for each in found])
+        columns = found[0]["columns"]
     elif mcmc._samples is None:
         raise ValueError("the MCMC has no samples yet: call its run(...) first.")
     else:

@@ -224,6 +224,56 @@ def test_chains_are_within_their_errors_of_the_truth(streaming: bool) -> None:
         posterior_from_mcmc(mcmc, "Q")
 
 
+def beside_a_shift() -> None:
+    shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+    P = pyro.sample("P", UniformPermutation(3))
+    mean = P @ torch.arange(3.0) + shift[..., None]
+    pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=torch.arange(3.0))
+
+
+def streamed(statistics: StatsOfDict, chains: int = 2) -> StreamingMCMC:
+    return StreamingMCMC(
+        InformedSwaps(beside_a_shift, replicas=1),
+        num_samples=4,
+        warmup_steps=1,
+        num_chains=chains,
+        statistics=statistics,
+        disable_progbar=True,
+    )
+
+
+def test_an_instance_is_a_statistic_as_well_as_the_class() -> None:
+    # One for every key: draws of one chain are not those of another.
+    instances = StatsOfDict({(c, "P"): MatchingDraws() for c in range(2)})
+    mcmc = streamed(instances)
+    mcmc.run()
+    posterior = posterior_from_mcmc(mcmc, "P")
+    assert (posterior.chains, len(posterior.perm)) == (2, 8)
+    default = StatsOfDict(default=MatchingDraws())
+    default.update({"P": torch.eye(3), "Q": torch.eye(3).flip(0)})
+    default.update({"P": torch.eye(3)})
+    kept = default.get()
+    assert [kept[name]["perm"].shape for name in "PQ"] == [(1, 2, 3), (1, 1, 3)]
+
+
+def test_statistics_that_are_not_of_the_site_say_what_is_needed() -> None:
+    mcmc = streamed(StatsOfDict(default=MatchingDraws))
+    with pytest.raises(ValueError, match=r"for a permutation site.* shape \(\)"):
+        mcmc.run()
+    for types in ({"P": MatchingDraws}, {(0, "P"): MatchingDraws}, {}):
+        mcmc = streamed(StatsOfDict(types))
+        for _ in range(2):  # before and after the run
+            with pytest.raises(ValueError, match=r"needs MatchingDraws .* range\(2\)"):
+                posterior_from_mcmc(mcmc, "P")
+            mcmc.run()
+    more = {(c, "P"): MatchingDraws for c in range(3)}  # than there are chains
+    mcmc = streamed(StatsOfDict(more))
+    mcmc.run()
+    assert posterior_from_mcmc(mcmc, "P").chains == 2
+    merged = mcmc.get_statistics(group_by_chain=False)["P"]
+    assert merged["perm"].shape == (2, 4, 3)
+
+
 def test_known_pairs_are_certain_in_every_draw() -> None:
     # Report 75: three of fifteen identities are given.
     mask = torch.ones(15, 15, dtype=torch.bool)
