@@ -293,7 +293,6 @@ class GibbsMatching(TorchDistribution):
         return GumbelContrasts.infer_shapes(logits, mask, unmatched)
 
 
-@register_kl(GibbsMatching, GibbsMatching)
 def _kl_divergence(p: GibbsMatching, q: GibbsMatching) -> Tensor:  # (*batch,)
     """KL(p || q) = <X - Y, B> - log Z(X) + log Z(Y), B the marginals of p.
 
@@ -318,3 +317,6 @@ def _kl_divergence(p: GibbsMatching, q: GibbsMatching) -> Tensor:  # (*batch,)
     for mine, other in slack:
         possible = possible & (~mine | other).all(-1)
     return torch.where(possible, kl, torch.inf).to(p.logits.dtype)
+
+
+register_kl(GibbsMatching, GibbsMatching)(_kl_divergence)

@@ -192,9 +192,10 @@ class _Unscored(Messenger):
 
 def _permutations(model_trace: Trace) -> dict[str, dict[str, Any]]:
     """The latent sites with a discrete prior over permutations."""
+    nodes: Any = model_trace.nodes
     return {
         name: site
-        for name, site in model_trace.nodes.items()
+        for name, site in nodes.items()
         if site["type"] == "sample"
         and not site["is_observed"]
         and permutation_prior(site["fn"]) is not None

@@ -391,6 +391,7 @@ def test_particles_are_averaged(vectorize: bool) -> None:
 
 
 # %% As part of a model
+@pytest.mark.filterwarnings("ignore:DiscreteKL_ELBO found no latent site")
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_without_permutations_it_is_the_mean_field_elbo(vectorize: bool) -> None:
     data = torch.tensor([0.5, -1.0, 2.0])

@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from oracles import permutations
 from pyro.infer import MCMC
+from pyro.infer.autoguide import AutoNormal
 from pyro.infer.mcmc.api import StreamingMCMC
 from pyro.ops.streaming import StatsOfDict
 from torch import Tensor
@@ -19,6 +23,7 @@ from pyro_permutations import (
     GumbelSinkhorn,
     InformedSwaps,
     MatchingDraws,
+    MatchingPosterior,
     UniformPermutation,
     posterior_by_enumeration,
     posterior_from_guide,
@@ -193,6 +198,108 @@ def test_a_guide_whose_logits_are_random_is_run_for_every_draw() -> None:
     posterior = posterior_from_guide(guide, "P", num_samples=400)
     probability, error = posterior.marginals()
     assert (probability[0, 0] - 0.5).abs() < SIGMAS * error[0, 0]
+
+
+def read(guide: Callable[[], Any], draws: int) -> tuple[MatchingPosterior, int]:
+    """The posterior of P, and how often the guide was run for it."""
+    runs = []
+
+    def counted() -> None:
+        runs.append(1)
+        guide()
+
+    return posterior_from_guide(counted, "P", num_samples=draws), len(runs)
+
+
+def test_a_guide_with_other_sites_is_run_for_all_draws_at_once() -> None:
+    # Hard draws of two items given the contrast, by quadrature, in the mean over it.
+    def guide() -> None:
+        low = pyro.sample("low", dist.Bernoulli(0.3))
+        shift = pyro.sample("shift", dist.Normal(2 - 5 * low, 0.1))
+        logits = shift[..., None, None] * torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+        pyro.sample("P", GumbelSinkhorn(logits, 0.5))
+
+    t, shifts = torch.linspace(-60, 60, 200_001), torch.tensor([2.0, -3.0])
+    noise = torch.linspace(-0.6, 0.6, 41)[:, None]
+    weight = dist.Normal(0.0, 0.1).log_prob(noise).softmax(0)
+    logistic = torch.exp(-torch.nn.functional.softplus(t) * 2 + t)
+    contrast = (shifts + noise)[..., None]
+    hit = torch.trapezoid(logistic * torch.sigmoid(contrast - t), t)
+    expected = ((weight * hit).sum(0) * torch.tensor([0.7, 0.3])).sum()
+    posterior, runs = read(guide, 20_000)
+    assert runs < 10
+    probability, error = posterior.marginals()
+    assert (probability[0, 0] - expected).abs() < SIGMAS * error[0, 0]
+    assert error[0, 0] < 0.005
+
+
+def test_draws_at_once_are_those_of_plates_masks_and_autoguides() -> None:
+    mask = torch.ones(3, 4, 4, dtype=torch.bool)
+    mask[0, 0, 1:] = mask[0, 1:, 0] = False
+    rest = AutoNormal(lambda: pyro.sample("rest", dist.LogNormal(0.0, 1.0)))
+
+    def guide() -> None:
+        rest()
+        sign = pyro.sample("sign", dist.Bernoulli(0.5)) * 2 - 1
+        with pyro.plate("worms", 3):
+            turn = pyro.sample("turn", dist.Categorical(torch.tensor([0.25, 0.75])))
+            sure = torch.stack([torch.eye(4), torch.eye(4)[[0, 2, 3, 1]]])[turn]
+            logits = 60 * (1 + 0.1 * sign)[..., None, None] * sure
+            pyro.sample("P", GumbelSinkhorn(logits, 0.5, mask=mask))
+
+    posterior, runs = read(guide, 4000)
+    assert runs < 10
+    assert posterior.perm.shape == (4000, 3, 4)
+    probability, error = posterior.marginals()
+    assert probability[0, 0, 0] == 1
+    for row, column, expected in ((1, 1, 0.25), (1, 2, 0.75), (2, 3, 0.75)):
+        off = (probability[:, row, column] - expected).abs()
+        assert (off < SIGMAS * error[:, row, column]).all()
+    # Worms turn on their own.
+    both = (posterior.perm[:, :2, 1] == 1).all(1).double().mean()
+    assert (both - 1 / 16).abs() < SIGMAS * (15 / 256 / 4000) ** 0.5
+
+
+def by_one_plain_sign() -> None:
+    sign = pyro.sample("sign", dist.Bernoulli(0.5)) * 2 - 1
+    pyro.sample("P", GumbelSinkhorn(40 * sign * torch.eye(2), 0.5))
+
+
+def by_a_mean() -> None:
+    sign = pyro.sample("sign", dist.Bernoulli(0.5)) * 2 - 1
+    middle = pyro.sample("middle", dist.Normal(sign.mean(), 1e-3))
+    pyro.sample("P", GumbelSinkhorn(40 * middle[..., None, None] * torch.eye(2), 0.5))
+
+
+def by_its_own_noise() -> None:
+    pyro.sample("other", dist.Normal(0.0, 1.0))
+    sign = torch.rand(()).sub(0.5).sign()
+    pyro.sample("P", GumbelSinkhorn(40 * sign * torch.eye(2), 0.5))
+
+
+def by_a_choice() -> None:
+    sign = 1.0 if pyro.sample("sign", dist.Bernoulli(0.5)) else -1.0
+    pyro.sample("P", GumbelSinkhorn(40 * sign * torch.eye(2), 0.5))
+
+
+def by_a_mean_mask() -> None:
+    first = pyro.sample("sign", dist.Bernoulli(0.5)).mean() > 0.5
+    mask = torch.stack([torch.ones(2, 2) - torch.eye(2), torch.eye(2)])[int(first)] > 0
+    pyro.sample("P", GumbelSinkhorn(torch.zeros(2, 2), 0.5, mask=mask))
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [by_one_plain_sign, by_a_mean, by_its_own_noise, by_a_choice, by_a_mean_mask],
+)
+@pytest.mark.parametrize("draws", [2, 400])
+def test_a_guide_that_is_another_one_at_once_is_run_for_every_draw(
+    guide: Callable[[], None], draws: int
+) -> None:
+    posterior, runs = read(guide, draws)
+    probability, error = posterior.marginals()
+    assert (probability[0, 0] - 0.5).abs() < SIGMAS * error[0, 0]
+    assert draws == 2 or runs > draws
 
 
 @pytest.mark.parametrize("streaming", [False, True])
