@@ -24,6 +24,7 @@ from pyro_permutations.distributions import GumbelSinkhorn
 from pyro_permutations.infer.hard_draws import guide_draws, hard_draws, sampled_sites
 from pyro_permutations.infer.permutation_sites import innermost
 from pyro_permutations.matching import to_indices
+from pyro_permutations.matching_parts import undecided
 from pyro_permutations.posterior import MatchingPosterior
 
 
@@ -55,7 +56,10 @@ def posterior_of(
         weights = d.log_prob(support).detach().softmax(0)
         perm, columns = to_indices(support), support.shape[-1]
         return MatchingPosterior(perm, columns, weights=weights, exact=True)
-    return MatchingPosterior(hard_draws(d, num_samples), d.event_shape[-1])
+    posterior = MatchingPosterior(hard_draws(d, num_samples), d.event_shape[-1])
+    if hasattr(d, "graph"):
+        posterior._undecided = undecided(d.graph.expand(d.batch_shape))
+    return posterior
 
 
 def posterior_from_guide(

@@ -388,8 +388,35 @@ def test_known_pairs_are_certain_in_every_draw() -> None:
         mask[k], mask[:, k] = False, False
         mask[k, k] = True
     d = GumbelSinkhorn(torch.randn(15, 15), 0.5, mask=mask)
-    probability, _ = posterior_of(d, 300).marginals()
+    probability, error = posterior_of(d, 300).marginals()
     assert all(probability[k, k] == 1 for k in (2, 7, 11))
+    # Both of the mask, so without an error; what the draws alone say has one.
+    assert ((error == 0) == (d.marginals(300)[1] == 0)).all()
+    assert (error[[2, 7, 11]] == 0).all()
+    assert (error[0, [0, 1]] > 0).all()
+
+
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_what_a_mask_decides_has_no_error_in_partial_matchings(
+    batch: tuple[int, ...],
+) -> None:
+    # Row 0 has to be matched, and has one column; column 1 is alone with row 1.
+    mask = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()
+    unmatched = (torch.tensor([-torch.inf, 0.0, 0.0]), 0.0)
+    logits = torch.zeros(*batch, 3, 3)
+    expected = torch.zeros(3, 4, dtype=torch.bool)
+    expected[1, [1, 3]] = expected[2, [2, 3]] = True
+    posterior = posterior_of(
+        GumbelSinkhorn(logits, 0.5, mask=mask, unmatched=unmatched)
+    )
+    if batch:
+        error = posterior.marginals()[1]
+        assert torch.equal(error > 0, expected.expand(2, 3, 3, 4))
+        posterior = posterior[0, 1]
+    probability, error = posterior.marginals()
+    assert torch.equal(error > 0, expected)
+    assert (probability[0, 0], probability[1, 0]) == (1, 0)
+    assert [c.error for c in posterior.candidates()[0]] == [0]
 
 
 def test_each_item_has_a_ranked_list_of_names() -> None:
