@@ -17,6 +17,7 @@ import scipy.stats
 import torch
 from distributions.contract import SIGMAS, DistributionContract
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.distributions import kl_divergence
@@ -442,6 +443,27 @@ def test_enumeration_is_exact_in_a_plate(masked):
     fit = dist.Normal(P @ torch.arange(3.0), 0.7).to_event(1).log_prob(y)
     joint = GibbsMatching(X, mask=mask).log_prob(P) + fit
     assert loss == pytest.approx(-joint.logsumexp(0).sum().item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [3, 8])
+def test_nuts_sums_few_items_out(n):
+    """The potential energy of the other sites is that of the sum over matchings."""
+    x, y = torch.randn(2, n)
+
+    def model():
+        shift = pyro.sample("shift", dist.Normal(0.0, 2.0))
+        P = pyro.sample("P", UniformPermutation(n))
+        mean = P @ x + shift[..., None]
+        pyro.sample("y", dist.Normal(mean, 0.5).to_event(1), obs=y)
+
+    latent, potential, *_ = initialize_model(model)
+    assert latent.keys() == {"shift"}
+    shift = torch.tensor(0.3)
+    P = torch.eye(n)[torch.tensor(list(itertools.permutations(range(n))))]
+    score = dist.Normal(P @ x + shift, 0.5).log_prob(y).sum(-1)
+    expected = dist.Normal(0.0, 2.0).log_prob(shift) + score.logsumexp(0)
+    expected = expected - math.lgamma(n + 1)
+    assert abs(potential({"shift": shift}) + expected) <= EXACT
 
 
 def test_score_function_learns_a_posterior():
