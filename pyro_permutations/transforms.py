@@ -450,12 +450,12 @@ def _no_transform_for(constraint: Any) -> Transform:
     # A NotImplementedError would be replaced by Pyro's advice on small discrete sites.
     raise ValueError(
         "permutation matrices are discrete: there is no transform to them from real "
-        "numbers, which an autoguide, HMC or NUTS needs. Relax the model, relax(model, "
-        "temperature); or keep it discrete, with MCMC(InformedSwaps(model)), or with "
-        "DiscreteKL_ELBO and a GumbelSinkhorn guide. Up to 8 items can be enumerated: "
-        "an autoguide of the other sites, AutoNormal(poutine.block(model, "
-        "hide=[name])), with TraceEnum_ELBO on config_enumerate(model); NUTS(model) "
-        "does it by itself."
+        "numbers, which an autoguide, HMC or NUTS needs. With GibbsMatching or "
+        "UniformPermutation as the prior relax the model, relax(model, temperature); "
+        "or keep it discrete, with MCMC(InformedSwaps(model)), or with DiscreteKL_ELBO "
+        "and a GumbelSinkhorn guide. Up to 8 items can be enumerated: an autoguide of "
+        "the other sites, AutoNormal(poutine.block(model, hide=[name])), with "
+        "TraceEnum_ELBO on config_enumerate(model); NUTS(model) does it by itself."
     )
 
 
