@@ -60,8 +60,10 @@ class MatchingPosterior:
     :math:`1 / \sum w_s^2`, or for chains the effective sample size of the entry; chains
     that disagree make it small. Half a draw is added on either side, so that what was
     never or always drawn has an error, too, about .7 / N; where no chain has ever
-    changed an entry, N is the smallest of those that did change. The errors are about
-    the draws alone: a guide that is wrong is wrong with small errors.
+    changed an entry, N is the smallest of those that did change. What a mask decides
+    has such an error, too, as draws do not know the mask; only where one distribution
+    is read, :func:`posterior_of` and a guide without other sites, it is zero there. The
+    errors are about the draws alone: a guide that is wrong is wrong with small errors.
 
     Args:
         perm: Matchings of shape ``(draws, *batch, n)``: columns, none of them twice in
@@ -118,6 +120,7 @@ class MatchingPosterior:
                 "and no chains."
             )
         self.exact = exact
+        self._undecided: Tensor | None = None  # (*batch, n, m + 1), by a known mask
         self.dtype = torch.get_default_dtype() if weights is None else weights.dtype
 
     @property
@@ -138,6 +141,7 @@ class MatchingPosterior:
         new.weights = self.weights[(slice(None), *index)]
         new.columns, new.dtype = self.columns, self.dtype
         new.chains, new.exact = self.chains, self.exact
+        new._undecided = None if self._undecided is None else self._undecided[index]
         return new
 
     def __iter__(self) -> Iterator[MatchingPosterior]:
@@ -161,6 +165,8 @@ class MatchingPosterior:
         """
         probability = self._probability()
         error = frequency_error(probability, self._independent_draws(probability))
+        if self._undecided is not None:
+            error = torch.where(self._undecided, error, 0)
         return probability.to(self.dtype), error.to(self.dtype)
 
     @property

@@ -34,7 +34,11 @@ from torch.distributions.transforms import ComposeTransform, Transform
 from torch.nn.functional import pad
 
 from pyro_permutations.carried_log import carry_log, log_with_slack, warn_if_lost
-from pyro_permutations.constraints import contrasts, doubly_stochastic
+from pyro_permutations.constraints import (
+    contrasts,
+    doubly_stochastic,
+    permutation_matrix,
+)
 from pyro_permutations.matching_graph import MatchingGraph, matching_graph
 from pyro_permutations.outside import holds
 from pyro_permutations.sinkhorn import log_sinkhorn_with_slack
@@ -442,7 +446,22 @@ def _sinkhorn_for(constraint: Any) -> SinkhornTransform:
     return SinkhornTransform(constraint.graph)
 
 
+def _no_transform_for(constraint: Any) -> Transform:
+    # A NotImplementedError would be replaced by Pyro's advice on small discrete sites.
+    raise ValueError(
+        "permutation matrices are discrete: there is no transform to them from real "
+        "numbers, which an autoguide, HMC or NUTS needs. With GibbsMatching or "
+        "UniformPermutation as the prior relax the model, relax(model, temperature); "
+        "or keep it discrete, with MCMC(InformedSwaps(model)), or with DiscreteKL_ELBO "
+        "and a GumbelSinkhorn guide. Up to 8 items can be enumerated: an autoguide of "
+        "the other sites, AutoNormal(poutine.block(model, hide=[name])), with "
+        "TraceEnum_ELBO on config_enumerate(model); NUTS(model) does it by itself."
+    )
+
+
 biject_to.register(contrasts, _contrasts_for)
 transform_to.register(contrasts, _contrasts_for)
 biject_to.register(doubly_stochastic, _bijection_for)
 transform_to.register(doubly_stochastic, _sinkhorn_for)
+biject_to.register(permutation_matrix, _no_transform_for)
+transform_to.register(permutation_matrix, _no_transform_for)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 __all__ = ["DiscreteKL_ELBO"]
 
+import warnings
 from typing import Any
 
 import torch
@@ -83,6 +84,12 @@ class DiscreteKL_ELBO(TraceMeanField_ELBO):  # noqa: N801  # as Pyro names them
             if the guide of a permutation is not :class:`GumbelSinkhorn`, has another
             shape, or allows pairs, or unmatched items, that the prior forbids.
 
+    Warns:
+        UserWarning: At the first step with gradients: if the model has no such site, so
+            that this is TraceMeanField_ELBO; and if all that follows from a permutation
+            is cut off from its gradient, as by ``P.argmax(-1)``, so that the KL alone
+            trains the guide. A gradient of zero, as of ``P.round()``, is not noticed.
+
     References:
         Wainwright and Jordan, "Graphical models, exponential families, and variational
         inference" (2008), for entropies as functions of marginals. Chertkov and
@@ -118,6 +125,7 @@ class DiscreteKL_ELBO(TraceMeanField_ELBO):  # noqa: N801  # as Pyro names them
             )
         super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
         self.marginal_samples = marginal_samples
+        self._is_checked = False
 
     def _guess_max_plate_nesting(self, model: Any, *args: Any) -> None:
         super()._guess_max_plate_nesting(_Unscored()(model), *args)  # type: ignore[no-untyped-call]
@@ -127,6 +135,9 @@ class DiscreteKL_ELBO(TraceMeanField_ELBO):  # noqa: N801  # as Pyro names them
     ) -> tuple[Trace, Trace]:
         pair = _ScoredPair(model, guide, self.marginal_samples)
         traces: tuple[Trace, Trace] = super()._get_trace(model, pair, args, kwargs)  # type: ignore[no-untyped-call]
+        if not self._is_checked and torch.is_grad_enabled():
+            self._is_checked = True
+            _warn_if_untrained(*traces)
         return traces
 
 
@@ -156,11 +167,9 @@ class _ScoredPair(Messenger):
 
     def get_traces(self) -> tuple[Trace, Trace]:
         """Those of the model and of the guide."""
-        for name, site in self.model_trace.nodes.items():
-            latent = site["type"] == "sample" and not site["is_observed"]
-            if latent and permutation_prior(site["fn"]) is not None:
-                _check_guide(name, site["fn"], self.guide_trace)
-                self._score(site, self.guide_trace.nodes[name])
+        for name, site in _permutations(self.model_trace).items():
+            _check_guide(name, site["fn"], self.guide_trace)
+            self._score(site, self.guide_trace.nodes[name])
         return self.model_trace, self.guide_trace
 
     def _score(self, site: dict[str, Any], guide_site: dict[str, Any]) -> None:
@@ -179,6 +188,52 @@ class _Unscored(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if permutation_prior(msg["fn"]) is not None and not msg["is_observed"]:
             msg["fn"] = msg["fn"].mask(False)
+
+
+def _permutations(model_trace: Trace) -> dict[str, dict[str, Any]]:
+    """The latent sites with a discrete prior over permutations."""
+    nodes: Any = model_trace.nodes
+    return {
+        name: site
+        for name, site in nodes.items()
+        if site["type"] == "sample"
+        and not site["is_observed"]
+        and permutation_prior(site["fn"]) is not None
+    }
+
+
+def _warn_if_untrained(model_trace: Trace, guide_trace: Trace) -> None:
+    """Warn where there is no permutation, or nothing but the KL has its gradient."""
+    names = _permutations(model_trace)
+    if not names:
+        warnings.warn(
+            "DiscreteKL_ELBO found no latent site with the prior GibbsMatching or "
+            "UniformPermutation, and so is TraceMeanField_ELBO. Pass it the discrete "
+            "model, not relax(model, temperature).",
+            stacklevel=2,
+        )
+    for name in names:
+        # Of the scores, not of P: what reads the log or the slack of P depends on them.
+        scores = innermost(guide_trace.nodes[name]["fn"]).base_dist.logits
+        others = [
+            site["log_prob_sum"]
+            for other, site in model_trace.nodes.items()
+            if site["type"] == "sample" and other != name
+        ]
+        if not others or not scores.requires_grad:
+            continue
+        total, gradient = sum(others), None
+        if isinstance(total, Tensor) and total.requires_grad:
+            (gradient,) = torch.autograd.grad(
+                total, scores, retain_graph=True, allow_unused=True
+            )
+        if gradient is None:
+            warnings.warn(
+                f"no other site of the model has a gradient to permutation '{name}', "
+                "so that its guide is trained by the KL alone. Use P @ x in place of "
+                "what cuts the gradient off: P.argmax(-1), to_indices(P), P.detach().",
+                stacklevel=2,
+            )
 
 
 def _divergence(

@@ -33,7 +33,8 @@ def posterior_by_enumeration(
     The model is run with the site conditioned on each of up to 8! matchings: on many at
     a time, in a dimension to the left of its plates, if that agrees with four runs on
     one, and else on one by one. A site in plates has a posterior for each of their
-    elements, if all else is in those plates, too.
+    elements, if all else is in those plates, too, or ahead of the site: what is
+    observed before a matching is drawn has the same density whatever that is.
 
     Args:
         model: The model. All other sites have to be observed: ``pyro.condition`` the
@@ -45,9 +46,9 @@ def posterior_by_enumeration(
 
     Raises:
         ValueError: If other sites are latent, if the site is relaxed, of too many items
-            or in a batch that is not a plate, if other sites are not in its plates or
-            tie their elements together, if a plate is subsampled, or if no matching is
-            possible.
+            or in a batch that is not a plate, if sites after it are not in its plates
+            or tie their elements together, if a plate is subsampled, or if no matching
+            is possible.
     """
     with torch.no_grad():
         trace = poutine.trace(model).get_trace(*args, **kwargs)
@@ -66,13 +67,15 @@ def posterior_by_enumeration(
 
         trace.compute_log_prob()
         try:
-            log_joint = _at_once(run, support, batch, _depth(trace))
-            right = _agrees(log_joint, run, support, batch)
+            log_joint = _at_once(run, site, support, batch, _depth(trace))
+            right = _agrees(log_joint, run, site, support, batch)
         except Exception:  # whatever a model does that is written for one matching
             right = False
         if not right:
-            log_joint = torch.stack([_of_elements(run(P), batch) for P in support])
-            if not _agrees(log_joint, run, support, batch):
+            log_joint = torch.stack(
+                [_of_elements(run(P), site, batch) for P in support]
+            )
+            if not _agrees(log_joint, run, site, support, batch):
                 raise ValueError(
                     f"the log joint density of an element of {site!r} changes with the "
                     "matchings of others, or from run to run. Enumerate one of them, "
@@ -115,15 +118,25 @@ def _check(trace: Any, site: str) -> torch.Size:
                 f"site {site!r} has batch shape {tuple(batch)}, of which dimension "
                 f"{-k} is no plate; declare one, or the elements may depend on another."
             )
+    ahead = True  # of P, and so without a dependence on it
     for name, other in _scored(trace):
         check_whole(name, other)
-        missing = frames.keys() - {f.name for f in other["cond_indep_stack"]}
-        if missing:
+        ahead = ahead and name != site
+        missing = _plates_outside(other, node)
+        if missing and not ahead:
             raise ValueError(
                 f"site {name!r} is outside of {sorted(missing)}, a plate of {site!r}, "
-                "and may tie its elements together. Enumerate one of them."
+                "and may tie its elements together. If it depends on them, enumerate "
+                f"one of them. If it does not, put it ahead of {site!r} in the model, "
+                f"or hide it, observed: poutine.block(model, hide=[{name!r}])."
             )
     return batch
+
+
+def _plates_outside(node: dict[str, Any], site: dict[str, Any]) -> set[str]:
+    """Plates of the permutation that another site is not in."""
+    inside = {f.name for f in node["cond_indep_stack"]}
+    return {f.name for f in site["cond_indep_stack"] if f.vectorized} - inside
 
 
 def _scored(trace: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -141,12 +154,15 @@ def _depth(trace: Any) -> int:
 
 
 def _of_elements(
-    trace: Any, batch: torch.Size, depth: int | None = None
+    trace: Any, site: str, batch: torch.Size, depth: int | None = None
 ) -> Tensor:  # (*batch), or (k, *batch) where k matchings are left of the depth
     """Log joint density of each element of the batch: all else is summed."""
     terms = []
     for name, node in _scored(trace):
         x = torch.as_tensor(node["log_prob"])
+        if _plates_outside(node, trace.nodes[site]):
+            terms.append(x.sum())  # a constant
+            continue
         lead = () if depth is None else x.shape[: max(0, x.dim() - depth)]
         inside = (1,) * (len(batch) - x.dim() + len(lead)) + x.shape[len(lead) :]
         x = x.reshape(*lead, -1, *inside[len(inside) - len(batch) :]).sum(len(lead))
@@ -163,20 +179,25 @@ def _of_elements(
 
 
 def _at_once(
-    run: Callable[[Tensor], Any], support: Tensor, batch: torch.Size, depth: int
+    run: Callable[[Tensor], Any],
+    site: str,
+    support: Tensor,
+    batch: torch.Size,
+    depth: int,
 ) -> Tensor:  # (k, *batch)
     """The log joint densities with the matchings in a dimension of their own."""
     gap = (1,) * (depth - len(batch))
     parts = []
     for some in support.split(max(1, _CHUNK // support[0].numel())):
         P = some.reshape(len(some), *gap, *some.shape[1:])
-        parts.append(_of_elements(run(P), batch, depth).expand(len(some), *batch))
+        parts.append(_of_elements(run(P), site, batch, depth).expand(len(some), *batch))
     return torch.cat(parts)
 
 
 def _agrees(
     log_joint: Tensor,  # (k, *batch)
     run: Callable[[Tensor], Any],
+    site: str,
     support: Tensor,  # (k, *batch, n, m)
     batch: torch.Size,
 ) -> bool:
@@ -186,7 +207,7 @@ def _agrees(
     for start in (0, count // 3, 2 * count // 3, count - 1):
         chosen = (start + 101 * numbers) % count
         P = flat[chosen, numbers].reshape(support.shape[1:])
-        alone = _of_elements(run(P), batch)
+        alone = _of_elements(run(P), site, batch)
         found = log_joint.reshape(count, -1)[chosen, numbers].reshape(batch)
         close = torch.finfo(alone.dtype).eps ** 0.5
         if not torch.allclose(found, alone, close, close, equal_nan=True):

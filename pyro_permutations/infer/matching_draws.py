@@ -21,6 +21,8 @@ class MatchingDraws(StreamingStats):
 
         StatsOfDict({(chain, "P"): MatchingDraws for chain in range(num_chains)})
 
+    and ``default=CountMeanVarianceStats``, say, for the other sites. Like Pyro's they
+    are made by calling the class; an instance, when called, makes a new one too.
     :func:`posterior_from_mcmc` takes the finished ``StreamingMCMC``. Samples are
     matrices of shape ``(*batch, n, m)``; a sample that is not a matching raises the
     ValueError of :func:`~pyro_permutations.to_indices`.
@@ -38,8 +40,19 @@ class MatchingDraws(StreamingStats):
         self.columns = 0
         super().__init__()
 
+    def __call__(self) -> MatchingDraws:
+        """Make a new one, without draws."""
+        return MatchingDraws()
+
     def update(self, sample: Tensor) -> None:  # (*batch, n, m)
         """Keep a draw."""
+        if sample.dim() < 2:
+            raise ValueError(
+                "MatchingDraws is for a permutation site, and got a sample of shape "
+                f"{tuple(sample.shape)}. Where the model has other sites, too, name "
+                'this one: StatsOfDict({(chain, "P"): MatchingDraws for chain in '
+                "range(num_chains)}), and not as the default."
+            )
         self.columns = sample.shape[-1]
         small = torch.int16 if self.columns < 2**15 else torch.int32
         self.chains[-1].append(to_indices(sample).to(small))
@@ -52,6 +65,12 @@ class MatchingDraws(StreamingStats):
         return result
 
     def get(self) -> dict[str, Tensor | int]:
-        """Draws ``perm`` of shape ``(chains, draws, *batch, n)``, and ``columns``."""
-        perm = torch.stack([torch.stack(chain) for chain in self.chains])
+        """Draws ``perm`` of shape ``(chains, draws, *batch, n)``, and ``columns``.
+
+        Neither, if there are none yet.
+        """
+        drawn = [torch.stack(chain) for chain in self.chains if chain]
+        if not drawn:
+            return {}
+        perm = torch.stack(drawn)
         return {"perm": perm.long(), "columns": self.columns}

@@ -11,23 +11,21 @@ __all__ = [
 ]
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.infer import MCMC
 from pyro.infer.mcmc.api import StreamingMCMC
-from pyro.poutine.util import site_is_subsample
-from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_permutations.distributions import GumbelSinkhorn, RelaxedPlackettLuce
+from pyro_permutations.distributions import GumbelSinkhorn
+from pyro_permutations.infer.hard_draws import guide_draws, hard_draws, sampled_sites
 from pyro_permutations.infer.permutation_sites import innermost
-from pyro_permutations.matching import matching, to_indices
+from pyro_permutations.matching import to_indices
+from pyro_permutations.matching_parts import undecided
 from pyro_permutations.posterior import MatchingPosterior
-
-# Numbers that are in memory at a time.
-_CHUNK = 2**22
 
 
 def posterior_of(
@@ -58,7 +56,10 @@ def posterior_of(
         weights = d.log_prob(support).detach().softmax(0)
         perm, columns = to_indices(support), support.shape[-1]
         return MatchingPosterior(perm, columns, weights=weights, exact=True)
-    return MatchingPosterior(_hard_draws(d, num_samples), d.event_shape[-1])
+    posterior = MatchingPosterior(hard_draws(d, num_samples), d.event_shape[-1])
+    if hasattr(d, "graph"):
+        posterior._undecided = undecided(d.graph.expand(d.batch_shape))
+    return posterior
 
 
 def posterior_from_guide(
@@ -74,8 +75,11 @@ def posterior_from_guide(
     the best matching is right and the probabilities are too cautious.
 
     Args:
-        guide: The guide. It is run once, or, if it has other random sites, on which
-            the logits of this one may depend, for every draw.
+        guide: The guide. If it has other random sites, on which the logits of this one
+            may depend, every draw is one given values of its own of these. Then the
+            guide is run under an outermost plate of draws, as by ``Predictive`` with
+            ``parallel=True``; where that fails, or differs from the guide run on four
+            of the draws alone, it is run for every draw.
         site: Name of the permutation site.
         *args: Arguments of the guide.
         num_samples: How many draws, where draws are needed.
@@ -93,24 +97,15 @@ def posterior_from_guide(
         >>> posterior_from_guide(guide, "P").marginals()[0].shape
         torch.Size([3, 4])
     """
-
-    def run() -> Any:
-        return poutine.trace(guide).get_trace(*args, **kwargs)
-
+    run_guide = partial(guide, *args, **kwargs)
     with torch.no_grad():
-        trace = run()
+        trace = poutine.trace(run_guide).get_trace()
         node = node_of(trace, site, "guide")
         check_whole(site, node)
         d = innermost(node["fn"])
-        others = [
-            name
-            for name in trace.stochastic_nodes
-            if name != site and not site_is_subsample(trace.nodes[name])
-        ]
-        if not others:
+        if sampled_sites(trace) == [site]:
             return posterior_of(d, num_samples)
-        laws = (innermost(run().nodes[site]["fn"]) for _ in range(num_samples))
-        perm = torch.cat([_hard_draws(law, 1) for law in laws])
+        perm = guide_draws(run_guide, trace, site, num_samples)
     return MatchingPosterior(perm, d.event_shape[-1])
 
 
@@ -130,14 +125,18 @@ def posterior_from_mcmc(mcmc: MCMC | StreamingMCMC, site: str) -> MatchingPoster
             are fewer than four draws.
     """
     if isinstance(mcmc, StreamingMCMC):
-        kept = mcmc.get_statistics(group_by_chain=False).get(site, {})
-        if "perm" not in kept:
+        kept = mcmc.get_statistics()
+        found = [kept.get((chain, site), {}) for chain in range(mcmc.num_chains)]
+        if not all("perm" in each for each in found):
+            lacking = next(each for each in found if "perm" not in each)
             raise ValueError(
                 f"site {site!r} needs MatchingDraws as its statistic, statistics="
                 f"StatsOfDict({{(chain, {site!r}): MatchingDraws for chain in "
-                f"range({mcmc.num_chains})}}), but has {sorted(kept) or 'none'}."
+                f"range({mcmc.num_chains})}}), and a run(...), but has "
+                f"{sorted(lacking) or 'none'}."
             )
-        perm, columns = kept["perm"], kept["columns"]
+        perm = torch.cat([each["perm"] for each in found])
+        columns = found[0]["columns"]
     elif mcmc._samples is None:
         raise ValueError("the MCMC has no samples yet: call its run(...) first.")
     else:
@@ -172,27 +171,3 @@ def is_enumerable(d: Any) -> bool:
     support = getattr(d, "support", None)
     discrete = bool(getattr(support, "is_discrete", False))
     return discrete and len(d.event_shape) == 2 and bool(d.has_enumerate_support)
-
-
-def _hard_draws(d: Any, num_samples: int) -> Tensor:  # (num_samples, *batch, n) long
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
-    step = max(1, _CHUNK // max(1, d.batch_shape.numel() * d.event_shape.numel()))
-    draws = []
-    for start in range(0, num_samples, step):
-        size = torch.Size((min(step, num_samples - start),))
-        if isinstance(d, GumbelSinkhorn):
-            noisy = d.base_dist._noisy_scores(size).detach()
-            draws.append(to_indices(matching(noisy, mask=d.graph)))
-        elif isinstance(d, RelaxedPlackettLuce):
-            draws.append(to_indices(d._hard.sample(size)))
-        elif d.support.is_discrete and len(d.event_shape) == 2:
-            draws.append(to_indices(d.sample(size)))
-        else:
-            raise ValueError(
-                "expected GumbelSinkhorn or a distribution of permutation matrices, "
-                f"got {type(d).__name__}. Soft draws P of another distribution are "
-                "hard ones after matching: MatchingPosterior(to_indices(matching(P))); "
-                "draws that are indices are MatchingPosterior(perm, columns)."
-            )
-    return torch.cat(draws)

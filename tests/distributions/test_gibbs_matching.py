@@ -16,9 +16,11 @@ import pytest
 import scipy.stats
 import torch
 from distributions.contract import SIGMAS, DistributionContract
-from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from torch.autograd import gradcheck
+from torch.distributions import kl_divergence
 
 import pyro_permutations as pp
 from pyro_permutations import GibbsMatching, UniformPermutation
@@ -87,6 +89,14 @@ class TestGibbsMatching(DistributionContract):
         d = self.make()
         with pytest.raises(NotImplementedError):
             getattr(d, name)(d.sample())
+
+    def test_divergence_is_left_to_the_density(self) -> None:
+        """But for two of these: see the divergence below."""
+        zeros = torch.zeros(3, 3)
+        for other in (dist.Normal(zeros, 1.0), pp.GumbelSinkhorn(zeros, 1.0)):
+            for pair in ((self.make(), other), (other, self.make())):
+                with pytest.raises(NotImplementedError):
+                    kl_divergence(*pair)
 
     def test_vmap(self) -> None:
         X = self.params((5,), torch.float64)["logits"]
@@ -435,6 +445,27 @@ def test_enumeration_is_exact_in_a_plate(masked):
     assert loss == pytest.approx(-joint.logsumexp(0).sum().item(), abs=1e-9)
 
 
+@pytest.mark.parametrize("n", [3, 8])
+def test_nuts_sums_few_items_out(n):
+    """The potential energy of the other sites is that of the sum over matchings."""
+    x, y = torch.randn(2, n)
+
+    def model():
+        shift = pyro.sample("shift", dist.Normal(0.0, 2.0))
+        P = pyro.sample("P", UniformPermutation(n))
+        mean = P @ x + shift[..., None]
+        pyro.sample("y", dist.Normal(mean, 0.5).to_event(1), obs=y)
+
+    latent, potential, *_ = initialize_model(model)
+    assert latent.keys() == {"shift"}
+    shift = torch.tensor(0.3)
+    P = torch.eye(n)[torch.tensor(list(itertools.permutations(range(n))))]
+    score = dist.Normal(P @ x + shift, 0.5).log_prob(y).sum(-1)
+    expected = dist.Normal(0.0, 2.0).log_prob(shift) + score.logsumexp(0)
+    expected = expected - math.lgamma(n + 1)
+    assert abs(potential({"shift": shift}) + expected) <= EXACT
+
+
 def test_score_function_learns_a_posterior():
     """A Gibbs guide and Pyro's own ELBO: two items, whose posterior is known."""
     pyro.set_rng_seed(1)
@@ -463,3 +494,101 @@ def test_predictive_draws_whole_matchings():
 
     draws = Predictive(model, num_samples=6, parallel=True)()["P"]
     assert pp.to_indices(draws).shape == (6, 4, 3)
+
+
+# The divergence
+
+
+def listed_kl(p: GibbsMatching, q: GibbsMatching) -> Tensor:
+    """Of single laws, over the matchings that p allows."""
+    P = p.enumerate_support()
+    mine, other = p.log_prob(P), q.log_prob(P)
+    return (mine.exp() * (mine - other)).sum(0)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_divergence_is_that_of_an_enumeration(kind):
+    mask = MASKS[kind](4)
+    X, Y = 2 * torch.randn(2, 3, 4, 4)
+    found = kl_divergence(GibbsMatching(X, mask=mask), GibbsMatching(Y, mask=mask))
+    wide = kl_divergence(GibbsMatching(X, mask=mask), UniformPermutation(4))
+    assert found.shape == wide.shape == (3,)
+    for k in range(3):
+        p, q = GibbsMatching(X[k], mask=mask), GibbsMatching(Y[k], mask=mask)
+        assert abs(found[k] - listed_kl(p, q)) <= EXACT
+        assert abs(wide[k] - listed_kl(p, UniformPermutation(4))) <= EXACT
+        assert kl_divergence(p, p) == 0
+
+
+def test_divergence_of_partial_matchings_and_injections():
+    scores = torch.randn(2, 3, 4)
+    free = (torch.randn(3), torch.tensor([0.5, -0.5, -torch.inf, 0.0]))
+    injections = [GibbsMatching(x) for x in scores]
+    partial = [GibbsMatching(scores[0], unmatched=free)]
+    partial.append(GibbsMatching(scores[1], unmatched=(0.3, -0.2)))
+    for p, q in (injections, partial, (injections[0], partial[1])):
+        assert kl_divergence(p, q).item() == pytest.approx(
+            listed_kl(p, q).item(), abs=EXACT
+        )
+
+
+def test_divergence_is_infinite_where_q_forbids_what_p_allows():
+    wide, X = UniformPermutation(3), torch.randn(2, 3, 3)
+    mask = torch.ones(2, 3, 3, dtype=torch.bool)
+    mask[1] = MASKS["few"](3)
+    found = kl_divergence(wide, GibbsMatching(X, mask=mask))
+    assert found[0].isfinite()
+    assert found[1] == torch.inf
+    assert kl_divergence(GibbsMatching(X, mask=mask), wide).isfinite().all()
+    loose = GibbsMatching(X[0], unmatched=(0.0, 0.0))
+    assert kl_divergence(loose, wide) == torch.inf
+    assert kl_divergence(wide, loose).isfinite()
+    # What the mask lets stand, but no matching can use, is no difference.
+    triangle = torch.ones(3, 3).tril().bool()
+    p = GibbsMatching(X[0], mask=triangle)
+    q = GibbsMatching(X[1], mask=torch.eye(3, dtype=torch.bool))
+    assert abs(kl_divergence(p, q)) <= EXACT
+    with pytest.raises(ValueError, match="one size"):
+        kl_divergence(wide, UniformPermutation(4))
+
+
+def test_divergence_has_gradients_on_both_sides():
+    X, Y = torch.randn(2, 3, 3, requires_grad=True)
+    assert gradcheck(
+        lambda x, y: kl_divergence(GibbsMatching(x), GibbsMatching(y)), (X, Y)
+    )
+
+
+def test_divergence_of_many_items_is_known_only_by_symmetry():
+    assert kl_divergence(UniformPermutation(30), UniformPermutation(30)) == 0
+    large = GibbsMatching(torch.randn(13, 13))
+    for p, q in ((large, large), (UniformPermutation(13), large)):
+        with pytest.raises(NotImplementedError, match="from draws"):
+            kl_divergence(p, q)
+
+
+def test_mean_field_has_the_exact_divergence():
+    """Of a discrete guide its loss is exact, without noise, and so is its gradient.
+
+    Validation is off: Pyro asks for guides with reparametrised draws, which matter to
+    a likelihood, and there is none here.
+    """
+    X, Y = torch.randn(2, 3, 3, requires_grad=True)
+    p, q = GibbsMatching(X), GibbsMatching(Y)
+
+    def site(d):
+        def run():
+            with pyro.plate("two", 2):
+                pyro.sample("P", d)
+
+        return run
+
+    with pyro.validation_enabled(False):
+        loss = TraceMeanField_ELBO().differentiable_loss(site(q), site(p))
+    expected = 2 * kl_divergence(p, q)
+    assert loss.item() == pytest.approx(expected.item(), abs=EXACT)
+    for x in (X, Y):
+        mine, other = (
+            torch.autograd.grad(f, x, retain_graph=True)[0] for f in (loss, expected)
+        )
+        assert torch.allclose(mine, other, rtol=0, atol=EXACT)

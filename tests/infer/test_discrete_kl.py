@@ -27,7 +27,11 @@ from pyro_permutations import (
     UniformPermutation,
     calibrated_entropy,
     calibrated_log_permanent,
+    log_of,
     matching,
+    relax,
+    slack_of,
+    to_indices,
 )
 from pyro_permutations.infer import guide_marginals as estimator
 
@@ -387,6 +391,7 @@ def test_particles_are_averaged(vectorize: bool) -> None:
 
 
 # %% As part of a model
+@pytest.mark.filterwarnings("ignore:DiscreteKL_ELBO found no latent site")
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_without_permutations_it_is_the_mean_field_elbo(vectorize: bool) -> None:
     data = torch.tensor([0.5, -1.0, 2.0])
@@ -570,6 +575,94 @@ def test_an_autoguide_says_what_to_do() -> None:
 
     with pytest.raises((ValueError, NotImplementedError)):
         DiscreteKL_ELBO().loss(model, AutoDelta(model))
+
+
+def test_a_model_without_a_discrete_permutation_is_warned_of_once() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(0.0, 2.0))
+
+    elbo = DiscreteKL_ELBO()
+    with torch.no_grad():
+        elbo.loss(model, guide)
+    with pytest.warns(UserWarning, match=r"no latent site .*TraceMeanField_ELBO"):
+        loss = elbo.loss(model, guide)
+    assert elbo.loss(model, guide) == loss  # a second warning would be an error
+    relaxed = relax(partial(pyro.sample, "P", UniformPermutation(3)), 0.5)
+    with pytest.warns(UserWarning, match=r"discrete model, not relax"):
+        DiscreteKL_ELBO().loss(
+            relaxed, partial(pyro.sample, "P", GumbelSinkhorn(torch.eye(3), 0.5))
+        )
+
+
+UNTRAINED = {
+    "argmax": lambda P, x: x[P.argmax(-1)],
+    "to_indices": lambda P, x: x[to_indices(matching(P)).clamp_min(0)],
+    "detach": lambda P, x: P.detach() @ x,
+    "unused": lambda P, x: x,
+}
+TRAINED = {
+    "product": lambda P, x: P @ x,
+    "view": lambda P, x: P[..., :1].sum(-2) * x,
+    "log": lambda P, x: log_of(P)[..., 0],
+    "slack": lambda P, x: slack_of(P)[0],
+}
+
+
+def numbers(
+    read: Callable[[Tensor, Tensor], Tensor], unmatched: tuple[float, float] | None
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A likelihood that reads P in some way, beside a site of its own."""
+    x = torch.tensor([0.0, 1.0, 2.5])
+    prior = GibbsMatching(torch.zeros(3, 3), unmatched=unmatched)
+
+    def model() -> None:
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        mean = read(pyro.sample("P", prior), x) + shift[..., None]
+        pyro.sample("y", dist.Normal(mean, 0.5).to_event(1), obs=x.flip(0))
+
+    def guide() -> None:
+        loc = pyro.param("loc", torch.tensor(0.0))
+        pyro.sample("shift", dist.Normal(loc, 1.0))
+        logits = pyro.param("logits", torch.randn(3, 3))
+        pyro.sample("P", GumbelSinkhorn(logits, 0.5, mask=prior.graph))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("particles", [1, 5])
+@pytest.mark.parametrize("unmatched", [None, (0.0, 0.0)])
+@pytest.mark.parametrize("name", [*UNTRAINED, *TRAINED])
+def test_a_likelihood_without_a_gradient_in_P_is_warned_of_once(  # noqa: N802
+    name: str, unmatched: tuple[float, float] | None, particles: int
+) -> None:
+    read = {**UNTRAINED, **TRAINED}[name]
+    model, guide = numbers(read, unmatched)
+    elbo = DiscreteKL_ELBO(
+        num_particles=particles, vectorize_particles=True, max_plate_nesting=0
+    )
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), elbo)
+    if name in UNTRAINED:
+        with pytest.warns(UserWarning, match="no other site .* permutation 'P'"):
+            svi.step()
+    svi.step()  # where a warning is an error
+
+
+def test_a_permutation_that_is_read_through_another_site_is_trained() -> None:
+    def model() -> None:
+        P = pyro.sample("P", UniformPermutation(3))
+        with pyro.plate("two", 2):
+            pyro.sample("Q", GibbsMatching(P.expand(2, 3, 3)))
+
+    def guide() -> None:
+        logits = pyro.param("logits", torch.zeros(3, 3))
+        pyro.sample("P", GumbelSinkhorn(logits, 0.5))
+        with pyro.plate("two", 2):
+            pyro.sample("Q", GumbelSinkhorn(logits.detach(), 0.5))
+
+    SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), DiscreteKL_ELBO()).step()
 
 
 @pytest.mark.parametrize("samples", [0, -1, 2.5, "many"])

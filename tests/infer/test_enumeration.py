@@ -205,6 +205,49 @@ def test_what_cannot_be_enumerated_is_said(model: Callable, message: str) -> Non
         posterior_by_enumeration(model, "P")
 
 
+def in_plate_beside_a_scale(later: bool) -> None:
+    """Two worms, an unknown noise scale for both, ahead of P or after it."""
+    x, y = torch.arange(3.0), torch.tensor([[0.2, 1.0, 2.2], [1.9, 0.9, 0.1]])
+
+    def scale() -> Tensor:
+        with pyro.plate("weights", 4):
+            pyro.sample("w", dist.Normal(0.0, 1.0), obs=torch.arange(4.0))
+        return pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+
+    if not later:
+        sigma = scale()
+    worms = pyro.plate("worms", 2)
+    with worms:
+        P = pyro.sample("P", UniformPermutation(3))
+    if later:
+        sigma = scale()
+    with worms:
+        pyro.sample("y", dist.Normal(P @ x, sigma).to_event(1), obs=y)
+
+
+def test_a_site_outside_of_the_plate_is_a_constant_ahead_of_it() -> None:
+    given = {"scale": torch.tensor(0.7)}
+    model = pyro.condition(in_plate_beside_a_scale, data=given)
+    posterior = posterior_by_enumeration(model, "P", False)
+    x, y = torch.arange(3.0), torch.tensor([[0.2, 1.0, 2.2], [1.9, 0.9, 0.1]])
+    P = permutations(3)
+    score = dist.Normal(P @ x, 0.7).log_prob(y[:, None]).sum(-1)  # (2, 6)
+    expected = torch.einsum("bk,kij->bij", score.softmax(-1), P)
+    torch.testing.assert_close(pairs(posterior), expected, atol=ROUNDING, rtol=0)
+    # After P it might depend on all: the error names two ways, and both do it.
+    with pytest.raises(ValueError, match=r"(?s)'w' is outside.*ahead of 'P'.*block"):
+        posterior_by_enumeration(model, "P", True)
+    hidden = pyro.poutine.block(model, hide=["w", "scale"])
+    torch.testing.assert_close(
+        pairs(posterior_by_enumeration(hidden, "P", True)), pairs(posterior)
+    )
+    impossible = pyro.condition(
+        in_plate_beside_a_scale, data={"scale": -torch.ones(())}
+    )
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match="got NaN"):
+        posterior_by_enumeration(impossible, "P", False)
+
+
 def test_conditioning_makes_a_site_the_only_one() -> None:
     model = pyro.condition(latent, data={"scale": torch.tensor(1.0)})
     posterior = posterior_by_enumeration(model, "P")

@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from oracles import permutations
 from pyro.infer import MCMC
+from pyro.infer.autoguide import AutoNormal
 from pyro.infer.mcmc.api import StreamingMCMC
 from pyro.ops.streaming import StatsOfDict
 from torch import Tensor
@@ -19,6 +23,7 @@ from pyro_permutations import (
     GumbelSinkhorn,
     InformedSwaps,
     MatchingDraws,
+    MatchingPosterior,
     UniformPermutation,
     posterior_by_enumeration,
     posterior_from_guide,
@@ -195,6 +200,108 @@ def test_a_guide_whose_logits_are_random_is_run_for_every_draw() -> None:
     assert (probability[0, 0] - 0.5).abs() < SIGMAS * error[0, 0]
 
 
+def read(guide: Callable[[], Any], draws: int) -> tuple[MatchingPosterior, int]:
+    """The posterior of P, and how often the guide was run for it."""
+    runs = []
+
+    def counted() -> None:
+        runs.append(1)
+        guide()
+
+    return posterior_from_guide(counted, "P", num_samples=draws), len(runs)
+
+
+def test_a_guide_with_other_sites_is_run_for_all_draws_at_once() -> None:
+    # Hard draws of two items given the contrast, by quadrature, in the mean over it.
+    def guide() -> None:
+        low = pyro.sample("low", dist.Bernoulli(0.3))
+        shift = pyro.sample("shift", dist.Normal(2 - 5 * low, 0.1))
+        logits = shift[..., None, None] * torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+        pyro.sample("P", GumbelSinkhorn(logits, 0.5))
+
+    t, shifts = torch.linspace(-60, 60, 200_001), torch.tensor([2.0, -3.0])
+    noise = torch.linspace(-0.6, 0.6, 41)[:, None]
+    weight = dist.Normal(0.0, 0.1).log_prob(noise).softmax(0)
+    logistic = torch.exp(-torch.nn.functional.softplus(t) * 2 + t)
+    contrast = (shifts + noise)[..., None]
+    hit = torch.trapezoid(logistic * torch.sigmoid(contrast - t), t)
+    expected = ((weight * hit).sum(0) * torch.tensor([0.7, 0.3])).sum()
+    posterior, runs = read(guide, 20_000)
+    assert runs < 10
+    probability, error = posterior.marginals()
+    assert (probability[0, 0] - expected).abs() < SIGMAS * error[0, 0]
+    assert error[0, 0] < 0.005
+
+
+def test_draws_at_once_are_those_of_plates_masks_and_autoguides() -> None:
+    mask = torch.ones(3, 4, 4, dtype=torch.bool)
+    mask[0, 0, 1:] = mask[0, 1:, 0] = False
+    rest = AutoNormal(lambda: pyro.sample("rest", dist.LogNormal(0.0, 1.0)))
+
+    def guide() -> None:
+        rest()
+        sign = pyro.sample("sign", dist.Bernoulli(0.5)) * 2 - 1
+        with pyro.plate("worms", 3):
+            turn = pyro.sample("turn", dist.Categorical(torch.tensor([0.25, 0.75])))
+            sure = torch.stack([torch.eye(4), torch.eye(4)[[0, 2, 3, 1]]])[turn]
+            logits = 60 * (1 + 0.1 * sign)[..., None, None] * sure
+            pyro.sample("P", GumbelSinkhorn(logits, 0.5, mask=mask))
+
+    posterior, runs = read(guide, 4000)
+    assert runs < 10
+    assert posterior.perm.shape == (4000, 3, 4)
+    probability, error = posterior.marginals()
+    assert probability[0, 0, 0] == 1
+    for row, column, expected in ((1, 1, 0.25), (1, 2, 0.75), (2, 3, 0.75)):
+        off = (probability[:, row, column] - expected).abs()
+        assert (off < SIGMAS * error[:, row, column]).all()
+    # Worms turn on their own.
+    both = (posterior.perm[:, :2, 1] == 1).all(1).double().mean()
+    assert (both - 1 / 16).abs() < SIGMAS * (15 / 256 / 4000) ** 0.5
+
+
+def by_one_plain_sign() -> None:
+    sign = pyro.sample("sign", dist.Bernoulli(0.5)) * 2 - 1
+    pyro.sample("P", GumbelSinkhorn(40 * sign * torch.eye(2), 0.5))
+
+
+def by_a_mean() -> None:
+    sign = pyro.sample("sign", dist.Bernoulli(0.5)) * 2 - 1
+    middle = pyro.sample("middle", dist.Normal(sign.mean(), 1e-3))
+    pyro.sample("P", GumbelSinkhorn(40 * middle[..., None, None] * torch.eye(2), 0.5))
+
+
+def by_its_own_noise() -> None:
+    pyro.sample("other", dist.Normal(0.0, 1.0))
+    sign = torch.rand(()).sub(0.5).sign()
+    pyro.sample("P", GumbelSinkhorn(40 * sign * torch.eye(2), 0.5))
+
+
+def by_a_choice() -> None:
+    sign = 1.0 if pyro.sample("sign", dist.Bernoulli(0.5)) else -1.0
+    pyro.sample("P", GumbelSinkhorn(40 * sign * torch.eye(2), 0.5))
+
+
+def by_a_mean_mask() -> None:
+    first = pyro.sample("sign", dist.Bernoulli(0.5)).mean() > 0.5
+    mask = torch.stack([torch.ones(2, 2) - torch.eye(2), torch.eye(2)])[int(first)] > 0
+    pyro.sample("P", GumbelSinkhorn(torch.zeros(2, 2), 0.5, mask=mask))
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [by_one_plain_sign, by_a_mean, by_its_own_noise, by_a_choice, by_a_mean_mask],
+)
+@pytest.mark.parametrize("draws", [2, 400])
+def test_a_guide_that_is_another_one_at_once_is_run_for_every_draw(
+    guide: Callable[[], None], draws: int
+) -> None:
+    posterior, runs = read(guide, draws)
+    probability, error = posterior.marginals()
+    assert (probability[0, 0] - 0.5).abs() < SIGMAS * error[0, 0]
+    assert draws == 2 or runs > draws
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_chains_are_within_their_errors_of_the_truth(streaming: bool) -> None:
     x, y = noisy_points(4, seed=3)
@@ -224,6 +331,56 @@ def test_chains_are_within_their_errors_of_the_truth(streaming: bool) -> None:
         posterior_from_mcmc(mcmc, "Q")
 
 
+def beside_a_shift() -> None:
+    shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+    P = pyro.sample("P", UniformPermutation(3))
+    mean = P @ torch.arange(3.0) + shift[..., None]
+    pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=torch.arange(3.0))
+
+
+def streamed(statistics: StatsOfDict, chains: int = 2) -> StreamingMCMC:
+    return StreamingMCMC(
+        InformedSwaps(beside_a_shift, replicas=1),
+        num_samples=4,
+        warmup_steps=1,
+        num_chains=chains,
+        statistics=statistics,
+        disable_progbar=True,
+    )
+
+
+def test_an_instance_is_a_statistic_as_well_as_the_class() -> None:
+    # One for every key: draws of one chain are not those of another.
+    instances = StatsOfDict({(c, "P"): MatchingDraws() for c in range(2)})
+    mcmc = streamed(instances)
+    mcmc.run()
+    posterior = posterior_from_mcmc(mcmc, "P")
+    assert (posterior.chains, len(posterior.perm)) == (2, 8)
+    default = StatsOfDict(default=MatchingDraws())
+    default.update({"P": torch.eye(3), "Q": torch.eye(3).flip(0)})
+    default.update({"P": torch.eye(3)})
+    kept = default.get()
+    assert [kept[name]["perm"].shape for name in "PQ"] == [(1, 2, 3), (1, 1, 3)]
+
+
+def test_statistics_that_are_not_of_the_site_say_what_is_needed() -> None:
+    mcmc = streamed(StatsOfDict(default=MatchingDraws))
+    with pytest.raises(ValueError, match=r"for a permutation site.* shape \(\)"):
+        mcmc.run()
+    for types in ({"P": MatchingDraws}, {(0, "P"): MatchingDraws}, {}):
+        mcmc = streamed(StatsOfDict(types))
+        for _ in range(2):  # before and after the run
+            with pytest.raises(ValueError, match=r"needs MatchingDraws .* range\(2\)"):
+                posterior_from_mcmc(mcmc, "P")
+            mcmc.run()
+    more = {(c, "P"): MatchingDraws for c in range(3)}  # than there are chains
+    mcmc = streamed(StatsOfDict(more))
+    mcmc.run()
+    assert posterior_from_mcmc(mcmc, "P").chains == 2
+    merged = mcmc.get_statistics(group_by_chain=False)["P"]
+    assert merged["perm"].shape == (2, 4, 3)
+
+
 def test_known_pairs_are_certain_in_every_draw() -> None:
     # Report 75: three of fifteen identities are given.
     mask = torch.ones(15, 15, dtype=torch.bool)
@@ -231,8 +388,35 @@ def test_known_pairs_are_certain_in_every_draw() -> None:
         mask[k], mask[:, k] = False, False
         mask[k, k] = True
     d = GumbelSinkhorn(torch.randn(15, 15), 0.5, mask=mask)
-    probability, _ = posterior_of(d, 300).marginals()
+    probability, error = posterior_of(d, 300).marginals()
     assert all(probability[k, k] == 1 for k in (2, 7, 11))
+    # Both of the mask, so without an error; what the draws alone say has one.
+    assert ((error == 0) == (d.marginals(300)[1] == 0)).all()
+    assert (error[[2, 7, 11]] == 0).all()
+    assert (error[0, [0, 1]] > 0).all()
+
+
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_what_a_mask_decides_has_no_error_in_partial_matchings(
+    batch: tuple[int, ...],
+) -> None:
+    # Row 0 has to be matched, and has one column; column 1 is alone with row 1.
+    mask = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()
+    unmatched = (torch.tensor([-torch.inf, 0.0, 0.0]), 0.0)
+    logits = torch.zeros(*batch, 3, 3)
+    expected = torch.zeros(3, 4, dtype=torch.bool)
+    expected[1, [1, 3]] = expected[2, [2, 3]] = True
+    posterior = posterior_of(
+        GumbelSinkhorn(logits, 0.5, mask=mask, unmatched=unmatched)
+    )
+    if batch:
+        error = posterior.marginals()[1]
+        assert torch.equal(error > 0, expected.expand(2, 3, 3, 4))
+        posterior = posterior[0, 1]
+    probability, error = posterior.marginals()
+    assert torch.equal(error > 0, expected)
+    assert (probability[0, 0], probability[1, 0]) == (1, 0)
+    assert [c.error for c in posterior.candidates()[0]] == [0]
 
 
 def test_each_item_has_a_ranked_list_of_names() -> None:

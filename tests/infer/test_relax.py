@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -11,7 +12,17 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer import (
+    HMC,
+    MCMC,
+    NUTS,
+    SVI,
+    Predictive,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    config_enumerate,
+)
+from pyro.infer.autoguide import AutoDelta, AutoNormal, AutoNormalMessenger
 from pyro.optim import Adam
 from torch import Tensor
 
@@ -183,6 +194,41 @@ def test_plates_and_vectorized_particles(vectorize: bool) -> None:
     )
     loss = elbo.differentiable_loss(relax(model, 0.5), guide)
     assert torch.as_tensor(loss).isfinite()
+
+
+def beside_a_scale(n: int) -> Callable[[], None]:
+    """Numbers in another order, with noise of an unknown scale."""
+
+    def model() -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        P = pyro.sample("P", UniformPermutation(n))
+        mean, x = P @ torch.arange(float(n)), torch.arange(float(n)) + 0.3
+        scale = torch.as_tensor(scale)[..., None]
+        pyro.sample("x", dist.Normal(mean, scale).to_event(1), obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoDelta, AutoNormalMessenger])
+def test_an_autoguide_of_the_discrete_model_names_relax(kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"(?s)discrete.*relax\(model, temperature\)"):
+        SVI(beside_a_scale(3), kind(beside_a_scale(3)), Adam({}), Trace_ELBO()).step()
+
+
+@pytest.mark.parametrize("kind", [HMC, NUTS])
+def test_a_gradient_kernel_on_many_items_names_what_runs(kind: Any) -> None:
+    mcmc = MCMC(kind(beside_a_scale(9)), 1, 1, disable_progbar=True)
+    with pytest.raises(ValueError, match=r"relax.*InformedSwaps\(model\)"):
+        mcmc.run()
+
+
+def test_an_autoguide_of_the_rest_of_few_items_does_what_the_error_says() -> None:
+    model = beside_a_scale(3)
+    guide = AutoNormal(poutine.block(model, hide=["P"]))
+    elbo = TraceEnum_ELBO(max_plate_nesting=0)
+    svi = SVI(config_enumerate(model), guide, Adam({"lr": 0.05}), elbo)
+    losses = [svi.step() for _ in range(40)]
+    assert sum(losses[-10:]) < sum(losses[:10])
 
 
 def test_a_relaxed_guide_for_the_discrete_model_names_relax() -> None:
