@@ -47,10 +47,10 @@ class LostLogWarning(UserWarning):
     """A doubly stochastic value lost its logarithm and has entries of exactly zero."""
 
 
-def warn(warning: Warning) -> None:
-    """Warn, as from the line that called this package."""
+def warn(warning: Warning | str) -> None:
+    """Warn, as from the line that called this package, if by way of Pyro or torch."""
     level, frame = 1, sys._getframe()
-    ours = "pyro_permutations", "torch"
+    ours = "pyro_permutations", "pyro", "torch"
     while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ours:
         level, frame = level + 1, frame.f_back
     warnings.warn(warning, stacklevel=level)

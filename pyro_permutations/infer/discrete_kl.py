@@ -6,7 +6,6 @@ from __future__ import annotations
 
 __all__ = ["DiscreteKL_ELBO"]
 
-import warnings
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from pyro_permutations.infer.guide_marginals import (
 )
 from pyro_permutations.infer.permutation_sites import innermost, permutation_prior
 from pyro_permutations.permanents import calibrated_entropy, calibrated_log_permanent
+from pyro_permutations.warnings import warn
 
 
 class DiscreteKL_ELBO(TraceMeanField_ELBO):  # noqa: N801  # as Pyro names them
@@ -206,11 +206,10 @@ def _warn_if_untrained(model_trace: Trace, guide_trace: Trace) -> None:
     """Warn where there is no permutation, or nothing but the KL has its gradient."""
     names = _permutations(model_trace)
     if not names:
-        warnings.warn(
+        warn(
             "DiscreteKL_ELBO found no latent site with the prior GibbsMatching or "
             "UniformPermutation, and so is TraceMeanField_ELBO. Pass it the discrete "
-            "model, not relax(model, temperature).",
-            stacklevel=2,
+            "model, not relax(model, temperature)."
         )
     for name in names:
         # Of the scores, not of P: what reads the log or the slack of P depends on them.
@@ -228,11 +227,10 @@ def _warn_if_untrained(model_trace: Trace, guide_trace: Trace) -> None:
                 total, scores, retain_graph=True, allow_unused=True
             )
         if gradient is None:
-            warnings.warn(
+            warn(
                 f"no other site of the model has a gradient to permutation '{name}', "
                 "so that its guide is trained by the KL alone. Use P @ x in place of "
-                "what cuts the gradient off: P.argmax(-1), to_indices(P), P.detach().",
-                stacklevel=2,
+                "what cuts the gradient off: P.argmax(-1), to_indices(P), P.detach()."
             )
 
 
