@@ -50,6 +50,7 @@ class System(NamedTuple):
     leaks: Ties | None
     rows: Tensor  # (b, 1, n)
     columns: Tensor  # (b, 1, m)
+    scratch: Tensor | None = None  # (b, n, m), for squares: fresh memory is slow
 
     def at(self, index: Tensor) -> System:
         """The systems of some batch elements."""
@@ -136,7 +137,7 @@ def factorized(system: System, u: Tensor, v: Tensor, b: Tensor) -> Tensor:
     By Cholesky, the diagonal a sum of what is off it, with a ridge of 1e-14; slack is
     a tie to the ground, by way of a row or of its own.
     """
-    kernel, leaks, rows, _ = system
+    kernel, leaks, rows, *_ = system
     p = (kernel * (u * rows.rsqrt()).mT).mul_(v)
     laplacian = torch.bmm(p.mT, p).neg_()
     diagonal = laplacian.diagonal(dim1=-2, dim2=-1)
@@ -171,7 +172,7 @@ def conjugate_gradients(
 
     A factorization costs as much as about n / 4 products.
     """
-    kernel, _, rows, _ = system
+    kernel, _, rows, *_ = system
     w = u.square() / rows
     squares = kernel.square() if squares is None else squares
     inverse = (sums - v.square() * times(w, squares)).clamp_min(1e-10).reciprocal()
@@ -207,7 +208,7 @@ def _iterated(
     travelled: float,
 ) -> tuple[State, int]:
     """Steps until errors are below the target or v is far from where it was."""
-    kernel, _, _, columns = system
+    kernel, columns = system.kernel, system.columns
     squares = None
     while steps < MOST_STEPS and travelled < _FARTHEST:
         left = state.error > target
@@ -229,7 +230,8 @@ def _iterated(
         else:
             lacking = columns - sums
             if not bool(direct.all()):
-                squares = kernel.square() if squares is None else squares
+                if squares is None:
+                    squares = torch.square(kernel, out=system.scratch)
                 stop = _close_enough(lacking, target)
                 stop = torch.where(direct, torch.inf, stop)
                 move, slow = conjugate_gradients(
@@ -257,7 +259,7 @@ def _iterated(
 
 def _sweep(system: System, v: Tensor) -> tuple[Tensor, Tensor]:
     """U that makes the rows exact, and what the columns add up to then."""
-    kernel, leaks, rows, _ = system
+    kernel, leaks, rows, *_ = system
     if leaks is None:
         u = rows / times(v, kernel.mT)
         return u, v * times(u, kernel)

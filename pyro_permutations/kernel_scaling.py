@@ -26,16 +26,16 @@ from pyro_permutations.kernel_newton import (
     small,
     times,
 )
-from pyro_permutations.kernel_squaring import scale_by_squaring
+from pyro_permutations.kernel_squaring import depth, scale_by_squaring
 from pyro_permutations.matching_graph import WIRE
 
-__all__ = ["Scaling", "scale_kernel", "solve_marginals", "spread"]
+__all__ = ["Scaling", "scale_kernel", "solve_marginals"]
 
 # Exponents below this are raised to it: arithmetic on denormal numbers is several
 # times slower, and exp(-300) is nothing beside a row sum of one.
 _FLOOR = -300.0
-# The first temperature, in standard deviations of the scores.
-_FIRST = 0.62
+# The first temperature, in terms of how far scores are below the best of their row.
+_FIRST = 0.25
 # Slack is at most one where the sums are right; on the way it is read as no more than
 # the exponential of this.
 _HIGHEST = 50.0
@@ -114,7 +114,6 @@ def _scale_by_products(
     With slack no sums are asked of the last row and column, and their potentials stay
     zero: what is in them leaks from the rows and drains into the columns.
     """
-    first = _FIRST * spread(scores, slack=slack, masked=masked)
     ties = None
     if slack:
         scores, ties = _apart(scores)
@@ -123,9 +122,11 @@ def _scale_by_products(
     if ties is not None:
         top = torch.maximum(top, ties[0].mT)
         ties = ties[0].mT - top, ties[1]
+    base = scores - top
+    first = _FIRST * depth(base, masked or slack)[:, None, None]
     t = torch.where(first < 2, 1.0, first)
     start = torch.zeros_like(columns)
-    system = System(scores - top, ties, rows, columns)
+    system = System(base, ties, rows, columns)
     path = _Path(start, t, start, t, torch.zeros_like(t, dtype=torch.bool))
     (p, g, error, *slacks), steps = _cooled(
         system, path, tol, 0.5, steps=0, masked=masked
@@ -145,15 +146,16 @@ def _cooled(
     masked: bool,
 ) -> tuple[tuple[Tensor, ...], int]:
     """Matrix, potentials, errors, what leaks and drains; and the number of steps."""
-    base, ties, rows, columns = system
+    base, ties, rows, columns, _ = system
+    kernel, scratch = torch.empty_like(base), torch.empty_like(base)
     potential, t, before, t_before, direct = path
     rest = None
     while True:
-        kernel, leaks = _kernel(base, potential, t, ties)
+        leaks = _kernel(kernel, base, potential if steps else None, t, ties)
         last = t == 1
         target = torch.where(last, tol, STAGE_TOLERANCE)
         state, taken = newton(
-            System(kernel, leaks, rows, columns), target, direct, steps == 0
+            System(kernel, leaks, rows, columns, scratch), target, direct, steps == 0
         )
         v, u, _, error, direct = state
         steps += taken
@@ -187,33 +189,6 @@ def _cooled(
         inner, steps = _cooled(*some, tol, shrink, steps=steps, masked=masked)
         result = replaced(result, rest, inner)
     return result, steps
-
-
-def spread(
-    scores: Tensor,  # (b, n, m)
-    *,
-    slack: bool,
-    masked: bool,
-) -> Tensor:  # (b, 1, 1)
-    """Standard deviation of the scores of the allowed pairs, and of slack."""
-    count = scores[:, :1, :1].new_full((), scores.shape[-2] * scores.shape[-1])
-    if not (masked or slack):
-        centred = scores - scores.mean((-2, -1), keepdim=True)
-    else:
-        count = (scores > -torch.inf).sum((-2, -1), keepdim=True, dtype=scores.dtype)
-        values = scores.nan_to_num(neginf=0.0)  # far faster than masked_fill
-        if slack:  # less the wire
-            count -= 1
-            values[:, -1, -1] = 0.0
-        mean = values.sum((-2, -1), keepdim=True) / count
-        centred = torch.sub(scores, mean, out=values).nan_to_num_(neginf=0.0)
-        if slack:
-            centred[:, -1, -1] = 0.0
-    norm: Tensor = torch.linalg.vector_norm(centred, dim=(-2, -1), keepdim=True)
-    if bool((norm == torch.inf).any()):  # the squares of scores of 1e200 overflow
-        centred *= 2.0**-500
-        norm = torch.linalg.vector_norm(centred, dim=(-2, -1), keepdim=True) * 2.0**500
-    return norm / count.sqrt()
 
 
 def solve_marginals(
@@ -264,23 +239,28 @@ def _together(p: Tensor, leaks: Tensor, drains: Tensor) -> Tensor:
 
 
 def _kernel(
-    base: Tensor, potential: Tensor, t: Tensor, ties: Ties | None
-) -> tuple[Tensor, Ties | None]:
-    """The kernel, of unit row sums, and what leaks from rows and drains into columns.
+    x: Tensor, base: Tensor, potential: Tensor | None, t: Tensor, ties: Ties | None
+) -> Ties | None:
+    """Make x the kernel, of unit row sums; give what leaks from rows and into columns.
 
     The leaks are part of the row sums. They are kept apart from the kernel because no
     equation belongs to the slack.
     """
-    x = (base + potential).mul_(1 / t)  # division takes twice as long
-    top = x.amax(-1, keepdim=True)
-    if ties is not None:
-        top = torch.maximum(top, ties[0] / t)
-    x -= top
-    x = x.clamp_min_(_FLOOR).exp_()
-    total = x.sum(-1, keepdim=True)
+    if potential is None:  # the best of each row is zero
+        torch.mul(base, 1 / t, out=x)
+        top = potential = torch.zeros_like(t)
+    else:
+        torch.add(base, potential, out=x).mul_(1 / t)  # division takes twice as long
+        top = x.amax(-1, keepdim=True)
+        if ties is not None:
+            top = torch.maximum(top, ties[0] / t)
+        x -= top
+    total = x.clamp_min_(_FLOOR).exp_().sum(-1, keepdim=True)
     if ties is None:
-        return x.mul_(1 / total), None
+        x *= 1 / total
+        return None
     leak = (ties[0] / t - top).exp()
     total += leak
     drain = ((ties[1] + potential) / t).clamp_max(_HIGHEST).exp()
-    return x.mul_(1 / total), ((leak / total).mT, drain)
+    x *= 1 / total
+    return (leak / total).mT, drain

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from pyro_permutations.kernel_newton import few, large, replaced
 from pyro_permutations.matching_graph import WIRE
 
-__all__ = ["scale_by_squaring"]
+__all__ = ["depth", "scale_by_squaring"]
 
 # The first temperature, in terms of how far scores are below the best of their row.
 _FIRST = 0.4
@@ -87,7 +87,7 @@ def scale_by_squaring(
     with torch.inference_mode():
         base = scores - scores.amax(-1, keepdim=True)
         state = _State(base, torch.zeros_like(columns), rows.sqrt(), columns, drains)
-        (p, g, lacking), steps = _cooled(state, _depth(base, masked or slack), tol)
+        (p, g, lacking), steps = _cooled(state, depth(base, masked or slack), tol)
         if masked or slack:
             p.masked_fill_(base == -torch.inf, 0.0)
     p, g, error = p * state.weights.mT, g.clone(), _error(lacking)
@@ -98,7 +98,7 @@ def scale_by_squaring(
     return (p, g, error), steps
 
 
-def _depth(base: Tensor, masked: bool) -> Tensor:  # (b,)
+def depth(base: Tensor, masked: bool) -> Tensor:  # (b,)
     """How far scores are below the best of their row, in the mean."""
     if not masked:
         return -base.mean((-2, -1))
@@ -108,17 +108,17 @@ def _depth(base: Tensor, masked: bool) -> Tensor:  # (b,)
 
 def _cooled(
     state: _State,
-    depth: Tensor,  # (b,)
+    deep: Tensor,  # (b,)
     tol: float,
 ) -> tuple[tuple[Tensor, ...], int]:
     """The same as of :func:`_scaled`, from scores; what is far deeper goes alone."""
-    low, high = (max(1.0, _FIRST * float(x)) for x in depth.aminmax())
+    low, high = (max(1.0, _FIRST * float(x)) for x in deep.aminmax())
     if high > _RANGE * low and large(state.p):
-        hard = _FIRST * depth > (high * low) ** 0.5
+        hard = _FIRST * deep > (high * low) ** 0.5
         some, others = hard.nonzero()[:, 0], (~hard).nonzero()[:, 0]
-        wild, more = _cooled(state.at(some), depth[some], tol)
-        mild, steps = _cooled(state.at(others), depth[others], tol)
-        both = (x.new_empty(len(depth), *x.shape[1:]) for x in mild)
+        wild, more = _cooled(state.at(some), deep[some], tol)
+        mild, steps = _cooled(state.at(others), deep[others], tol)
+        both = (x.new_empty(len(deep), *x.shape[1:]) for x in mild)
         result = replaced(replaced(tuple(both), others, mild), some, wild)
         return result, steps + more
     k = math.ceil(math.log2(high))

@@ -322,8 +322,10 @@ def _flattened(
     scores: Tensor, support: Tensor | None, rows: Tensor, columns: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Checked scores (b, n, m), row sums (b, 1, n) and column sums (b, 1, m)."""
-    if scores.numel() and not float(scores.abs().amax()) < LARGEST:
-        raise ValueError(NOT_FINITE)
+    if scores.numel():
+        low, high = scores.aminmax()
+        if not max(-float(low), float(high)) < LARGEST:  # NaN is the first, or both
+            raise ValueError(NOT_FINITE)
     if support is not None:
         scores = torch.where(support, scores, -torch.inf)
     n, m = scores.shape[-2:]

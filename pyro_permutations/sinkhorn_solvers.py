@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_permutations.kernel_scaling import scale_kernel, spread
+from pyro_permutations.kernel_scaling import scale_kernel
 from pyro_permutations.log_elimination import eliminate_in_logs
 from pyro_permutations.matching import best_assignments
 from pyro_permutations.matching_graph import WIRE
@@ -35,10 +35,11 @@ _ROUNDED = 3e-7
 # No log potential moves by more in one step, relative to the others.
 _LONGEST_STEP = 4.0
 _MOST_STEPS = 200
-# Up to this many times the first inverse temperature no tie is too weak for a kernel,
-# and products with a vector do better than factorizations. With 16 normal scores take
-# about .6 of the time, but from there heavy tails, Cauchy's, do not converge.
-_WARM = 4.0
+# The first inverse temperature is such that no score is further below the best of its
+# row. No tie is too weak for a kernel then, and products with a vector do better than
+# factorizations. (In standard deviations that is colder the heavier the tails are; from
+# there those of Cauchy's do not converge.)
+_WARM = 60.0
 _WARM_TOLERANCE = 1e-3
 
 
@@ -77,9 +78,7 @@ def solve(
     whose sum is known. The slack column is a root, so that its sum is not asked for.
     """
     log_rows = rows.mT.log()
-    # The first inverse temperature, 1 where the scores are mild.
-    deviation = spread(scores, slack=slack, masked=masked)[:, 0, 0]
-    scale = (_WARM * 1.6 / deviation.clamp_min(1e-300)).clamp_max(1.0)
+    scale = (_WARM / _range(scores[:, :-1] if slack else scores)).clamp_max(1.0)
     log_p = _wired(scores * scale[:, None, None], slack)
     *_, potentials, _, iterations = scale_kernel(
         log_p, rows, columns, _WARM_TOLERANCE, slack=slack, masked=masked
@@ -110,6 +109,12 @@ def solve(
     residual = float(error.amax()) if error.numel() else 0.0
     # For other sums than one there are no flows to balance, only sums to get right.
     return Solution(log_p, residual, left if square else 0.0, iterations)
+
+
+def _range(scores: Tensor) -> Tensor:  # (b,)
+    """How far the scores of a row go, those of forbidden pairs left out."""
+    low = torch.where(scores > -torch.inf, scores, torch.inf).amin(-1)
+    return (scores.amax(-1) - low).amax(-1)
 
 
 def _extrapolate(
