@@ -1022,3 +1022,18 @@ def test_logs_of_heavy_tailed_scores_converge(tail, n, seed):
     log_P = log_sinkhorn(X)
     for dim in (-1, -2):
         assert log_P.logsumexp(dim).abs().max() < 1e-6
+
+
+def test_heavy_tails_take_no_more_than_a_few_times_the_steps() -> None:
+    """A start that is in reach of Newton whatever the tails: 20 and 75 steps."""
+    X = scores(2, 100, 100, scale=10.0)
+    generator = torch.Generator().manual_seed(1)
+    tails = X / torch.randn(2, 100, 100, generator=generator, dtype=torch.float64)
+    one, root = torch.ones(2, 1, 100), torch.eye(1, 100, dtype=torch.bool).expand(2, 100)
+    for x, most in ((X, 30), (tails, 120)):
+        solution = sinkhorn_solvers.solve(
+            x, one, one, root, SUMS, slack=False, masked=False
+        )
+        assert solution.residual <= SUMS
+        assert solution.left == 0
+        assert solution.iterations <= most
