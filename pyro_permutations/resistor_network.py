@@ -219,11 +219,11 @@ class Network:
         pivots = torch.ones_like(c[:, 0])
         for low, high in _panels(size):
             for k in range(high - 1, low - 1, -1):
-                pivot = c[:, k, :k].sum(-1).clamp_min(1e-320)
-                step = c[:, k, :k] / pivot[:, None]
-                c[:, low:k, :k].addcmul_(c[:, k, low:k, None], step[:, None, :])
-                c[:, k, :k] = step
-                pivots[:, k] = pivot
+                row, pivot = c[:, k, :k], pivots[:, k : k + 1]
+                torch.sum(row, -1, keepdim=True, out=pivot).clamp_min_(1e-320)
+                step = row / pivot
+                c[:, low:k, :k].addcmul_(row[:, low:, None], step[:, None])
+                row.copy_(step)
             panel = c[:, low:high, :low]
             weighted = panel * pivots[:, low:high, None]
             c[:, :low, :low].baddbmm_(panel.mT, weighted)
@@ -250,18 +250,16 @@ def _handed_on(pivots: Tensor, steps: Tensor, source: Tensor) -> Tensor:
     Eliminating node p hands its sources on pair by pair: N_qk += u_q N_pk - u_k N_pq,
     in which what clusters exchange inside cancels before it is added up.
     """
-    size = pivots.shape[-1]
     n = torch.zeros_like(steps)
     n[:, 1:, 1:] = source
-    total = torch.zeros_like(pivots)
-    for low, high in _panels(size):
-        for k in range(high - 1, low - 1, -1):
-            u, own = steps[:, k, None, :k], n[:, k, None, :k]
-            total[:, k] = own[:, 0].sum(-1) / pivots[:, k]
-            n[:, low:k, :k] += u[:, :, low:].mT * own - own[:, :, low:].mT * u
+    for low, high in _panels(pivots.shape[-1]):
+        for k in range(high - 1, low, -1):
+            u, own, others = steps[:, k, :k], n[:, k, :k], n[:, low:k, :k]
+            others.addcmul_(u[:, low:, None], own[:, None])
+            others.addcmul_(own[:, low:, None], u[:, None], value=-1)
         handed = steps[:, low:high, :low].mT @ n[:, low:high, :low]
         n[:, :low, :low] += handed - handed.mT
-    return total
+    return n.tril(-1).sum(-1) / pivots
 
 
 def _resistances(pivots: Tensor, steps: Tensor) -> Tensor:

@@ -1029,7 +1029,10 @@ def test_heavy_tails_take_no_more_than_a_few_times_the_steps() -> None:
     X = scores(2, 100, 100, scale=10.0)
     generator = torch.Generator().manual_seed(1)
     tails = X / torch.randn(2, 100, 100, generator=generator, dtype=torch.float64)
-    one, root = torch.ones(2, 1, 100), torch.eye(1, 100, dtype=torch.bool).expand(2, 100)
+    one, root = (
+        torch.ones(2, 1, 100),
+        torch.eye(1, 100, dtype=torch.bool).expand(2, 100),
+    )
     for x, most in ((X, 30), (tails, 120)):
         solution = sinkhorn_solvers.solve(
             x, one, one, root, SUMS, slack=False, masked=False
