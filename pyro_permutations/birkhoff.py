@@ -9,6 +9,7 @@ __all__ = ["birkhoff_decomposition"]
 import torch
 from torch import Tensor
 
+from pyro_permutations.constraints import SUM_TOLERANCE
 from pyro_permutations.matching import matching, to_indices
 
 # How far from doubly stochastic a matrix may be, and how much of it may be left over.
@@ -22,7 +23,8 @@ def birkhoff_decomposition(
 
     .. math:: P = \sum_k w_k P_k, \qquad w_k > 0, \quad \sum_k w_k = 1
 
-    with at most :math:`(n - 1)^2 + 1` terms. Each takes away as much as it can of the
+    with at most :math:`(n - 1)^2 + 1` terms if P is square with sums of one, and else
+    :math:`(n + m - 1)^2 + 1`. Each takes away as much as it can of the
     matching with the largest product of entries. The mixture has P as its marginals,
     but is one of many that have: it is not the law that P was estimated from.
 
@@ -40,7 +42,7 @@ def birkhoff_decomposition(
         which they were taken.
 
     Raises:
-        ValueError: If P is not such a matrix, to 1e-4.
+        ValueError: If P is not such a matrix, to 1e-4, or what its dtype can tell.
 
     References:
         Birkhoff, "Tres observaciones sobre el algebra lineal" (1946).
@@ -59,14 +61,15 @@ def birkhoff_decomposition(
         )
     exact = P.detach().double()
     largest = max(float(exact.sum(-1).amax()), float(exact.sum(-2).amax()))
-    if not (float(exact.amin()) >= -_TOLERANCE and largest <= 1 + _TOLERANCE):
+    tolerance = max(_TOLERANCE, SUM_TOLERANCE.get(P.dtype, 0.0))
+    if not (float(exact.amin()) >= -tolerance and largest <= 1 + tolerance):
         raise ValueError(
             "P must have entries of at least 0, and sums of at most 1; its least entry "
             f"is {float(exact.amin()):.3g} and its largest sum {largest:.3g}. "
             "sinkhorn(logits) makes a doubly stochastic matrix of scores."
         )
     n, m = P.shape
-    rest = _with_slack(exact.clamp_min(0))
+    rest = _with_slack(exact.clamp_min(0), tolerance)
     found, weights = [], []
     while bool((rest > 0).any(-1).all() and (rest > 0).any(-2).all()):
         try:
@@ -84,15 +87,20 @@ def birkhoff_decomposition(
     return torch.stack(found), (total / total.sum()).to(P.dtype)
 
 
-def _with_slack(P: Tensor) -> Tensor:  # (n, m) -> (n, n) or (n + m, n + m)
+def _with_slack(
+    P: Tensor,  # (n, m)
+    tolerance: float,
+) -> Tensor:  # (n, n) or (n + m, n + m)
     """A square matrix with sums of one whose upper left corner is P.
 
     With r and s what rows and columns lack, [[P, diag r], [diag s, P']] is one.
     """
-    n, m = P.shape
-    rows, columns = 1 - P.sum(-1), 1 - P.sum(-2)
-    if n == m and float(torch.cat([rows, columns]).amax()) <= _TOLERANCE:
+    # Where a side lacks nothing but rounding, all of it is matched.
+    rows, columns = (
+        torch.where(lack.amax() <= tolerance, 0.0, lack.clamp_min(0))
+        for lack in (1 - P.sum(-1), 1 - P.sum(-2))
+    )
+    if not (rows.any() or columns.any()):
         return P
-    rows, columns = (x.clamp_min(0) for x in (rows, columns))
     upper = torch.cat([P, rows.diag()], -1)
     return torch.cat([upper, torch.cat([columns.diag(), P.mT], -1)])

@@ -203,6 +203,10 @@ def marginals(
     graph: MatchingGraph,
 ) -> Tensor:  # (*lead, n, m)
     """The gradient of :func:`log_partition`, differentiable in turn."""
+    lead = torch.broadcast_shapes(scores.shape[:-2], graph.batch_shape)
+    scores = scores.expand(
+        *lead, *graph.shape
+    )  # each element has a gradient of its own
     gradient: Tensor = torch.func.grad(lambda x: log_partition(x, graph).sum())(scores)
     return gradient
 

@@ -135,13 +135,16 @@ class MatchingPosterior:
         """
         if not self.batch_shape:
             raise IndexError("this posterior has no batch to select from.")
-        index = index if isinstance(index, tuple) else (index,)
+        elements = torch.arange(self.batch_shape.numel(), device=self.perm.device)
+        chosen = elements.reshape(self.batch_shape)[index]
         new = object.__new__(MatchingPosterior)
-        new.perm = self.perm[(slice(None), *index)]
-        new.weights = self.weights[(slice(None), *index)]
+        new.perm = self.perm.flatten(1, -2)[:, chosen]
+        new.weights = self.weights.flatten(1)[:, chosen]
         new.columns, new.dtype = self.columns, self.dtype
         new.chains, new.exact = self.chains, self.exact
-        new._undecided = None if self._undecided is None else self._undecided[index]
+        new._undecided = self._undecided
+        if self._undecided is not None:
+            new._undecided = self._undecided.flatten(0, -3)[chosen]
         return new
 
     def __iter__(self) -> Iterator[MatchingPosterior]:

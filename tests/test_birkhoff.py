@@ -71,6 +71,18 @@ def test_what_sums_lack_is_unmatched(shape: tuple[int, int]) -> None:
         assert (birkhoff_decomposition(every)[0] >= 0).all()
 
 
+def test_low_precision_and_injections_leave_nobody_unmatched() -> None:
+    """What float32 or half rounds off a sum of one is not a matching of its own."""
+    for _ in range(5):
+        P = GumbelSinkhorn(torch.randn(3, 5, dtype=torch.float32), 0.5).sample()
+        perm, weights = birkhoff_decomposition(P)
+        assert (perm >= 0).all()
+        assert len(perm) <= (3 + 5 - 1) ** 2 + 1
+        assert float((mixture(perm, weights, 5) - P).abs().max()) < 1e-5
+    half = torch.tensor([[0.7, 0.3], [0.3, 0.7]], dtype=torch.float16)
+    assert birkhoff_decomposition(half)[0].tolist() == [[0, 1], [1, 0]]
+
+
 @pytest.mark.parametrize(
     ("P", "message"),
     [

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -381,3 +382,16 @@ def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
     law = exact(3)
     with pytest.raises(ValueError, match=r"mass must be in \(0, 1\], got 90"):
         law.credible_names(90)
+
+
+@pytest.mark.parametrize(
+    "index", [0, (1, 2), (..., 0), (slice(None), [0, 2]), ([1, 0],), (None, 1)]
+)
+def test_a_selection_is_one_of_the_batch_whatever_the_index(index: Any) -> None:
+    perm = torch.rand(10, 2, 3, 4).argsort(-1)
+    one = MatchingPosterior(perm)[index]
+    numbers = torch.arange(6).reshape(2, 3)[index]
+    expected = perm.reshape(10, 6, 4)[:, numbers]
+    assert torch.equal(one.perm, expected)
+    assert one.batch_shape == numbers.shape
+    assert torch.allclose(one.marginals()[0].sum(-1), torch.ones(()))

@@ -221,17 +221,30 @@ def _warn_if_untrained(model_trace: Trace, guide_trace: Trace) -> None:
         ]
         if not others or not scores.requires_grad:
             continue
-        total, gradient = sum(others), None
-        if isinstance(total, Tensor) and total.requires_grad:
-            (gradient,) = torch.autograd.grad(
-                total, scores, retain_graph=True, allow_unused=True
-            )
-        if gradient is None:
+        if not _depends(sum(others), scores):
             warn(
                 f"no other site of the model has a gradient to permutation '{name}', "
                 "so that its guide is trained by the KL alone. Use P @ x in place of "
                 "what cuts the gradient off: P.argmax(-1), to_indices(P), P.detach()."
             )
+
+
+def _depends(result: Any, cause: Tensor) -> bool:
+    """Whether there is a way for a gradient, without taking it.
+
+    To take it would need the graph once more, which compiled functions do not keep.
+    """
+    target, seen = cause.grad_fn, set()
+    found = [getattr(result, "grad_fn", None)]
+    while found:
+        node = found.pop()
+        if node is None or node in seen:
+            continue
+        if node is target or getattr(node, "variable", None) is cause:
+            return True
+        seen.add(node)
+        found += [following for following, _ in node.next_functions]
+    return False
 
 
 def _divergence(

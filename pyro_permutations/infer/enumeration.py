@@ -94,6 +94,11 @@ def posterior_by_enumeration(
 def _check(trace: Any, site: str) -> torch.Size:
     """The batch shape of a site that can be enumerated."""
     node = node_of(trace, site, "model")
+    if node["is_observed"]:
+        raise ValueError(
+            f"site {site!r} is observed, so that nothing is left to enumerate. Give it "
+            "no obs; pairs that are known belong into the mask of its prior."
+        )
     latent = [
         name
         for name, other in _scored(trace)
@@ -134,9 +139,10 @@ def _check(trace: Any, site: str) -> torch.Size:
 
 
 def _plates_outside(node: dict[str, Any], site: dict[str, Any]) -> set[str]:
-    """Plates of the permutation that another site is not in."""
+    """Plates of several elements that the permutation is in and another site is not."""
     inside = {f.name for f in node["cond_indep_stack"]}
-    return {f.name for f in site["cond_indep_stack"] if f.vectorized} - inside
+    plates = (f for f in site["cond_indep_stack"] if f.vectorized and f.size > 1)
+    return {f.name for f in plates} - inside
 
 
 def _scored(trace: Any) -> list[tuple[str, dict[str, Any]]]:

@@ -60,11 +60,10 @@ def guide_draws(
     """
     d = innermost(trace.nodes[site]["fn"])
     draws = []
+    # Few first: what is not written for a plate may broadcast many against many.
+    together = _tried(guide, trace, site, min(4, num_samples)) is not None
     for size in _chunks(d, num_samples):
-        try:
-            found = _at_once(guide, trace, site, size)
-        except Exception:  # whatever a guide does that is written for one draw
-            found = None
+        found = _tried(guide, trace, site, size) if together else None
         if found is None:
             runs = (poutine.trace(guide).get_trace() for _ in range(size))
             laws = (innermost(run.nodes[site]["fn"]) for run in runs)
@@ -88,6 +87,15 @@ def _chunks(d: Any, num_samples: int) -> Iterator[int]:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     step = max(1, _CHUNK // max(1, d.batch_shape.numel() * d.event_shape.numel()))
     return (min(step, num_samples - start) for start in range(0, num_samples, step))
+
+
+def _tried(
+    guide: Callable[[], Any], trace: Any, site: str, count: int
+) -> Tensor | None:  # (count, *batch, n); None if the guide fails or differs
+    try:
+        return _at_once(guide, trace, site, count)
+    except Exception:  # whatever a guide does that is written for one draw
+        return None
 
 
 def _at_once(

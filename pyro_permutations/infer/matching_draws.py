@@ -72,5 +72,10 @@ class MatchingDraws(StreamingStats):
         drawn = [torch.stack(chain) for chain in self.chains if chain]
         if not drawn:
             return {}
+        if len({len(chain) for chain in drawn}) > 1:
+            raise ValueError(
+                "the chains must have equally many draws, but have "
+                f"{[len(chain) for chain in drawn]}."
+            )
         perm = torch.stack(drawn)
         return {"perm": perm.long(), "columns": self.columns}

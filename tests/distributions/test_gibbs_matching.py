@@ -191,6 +191,26 @@ def test_the_test_of_the_law_has_power():
     assert fits(draws, GibbsMatching(X)) < RARE
 
 
+@pytest.mark.parametrize("n", [4, 14])  # exact and calibrated
+def test_one_matrix_of_scores_with_a_batch_of_masks(n):
+    """Elements do not add up: each has the moments that it has alone."""
+    masks = torch.stack([torch.ones(n, n).bool(), MASKS["few"](n), MASKS["band"](n)])
+    for X in (torch.randn(n, n), torch.zeros(2, 1, n, n)):
+        d = GibbsMatching(X, mask=masks)
+        other = GibbsMatching(torch.zeros(n, n), mask=masks)
+        for k in range(3):
+            one = GibbsMatching(X[..., 0, :, :] if X.dim() > 2 else X, mask=masks[k])
+            assert torch.allclose(d.entropy()[..., k], one.entropy())
+            if n <= 12:
+                assert torch.allclose(d.mean[..., k, :, :], one.mean)
+                found, error = d.marginals()
+                assert torch.allclose(found[..., k, :, :], one.marginals()[0])
+                assert not error.any()
+                kl = torch.distributions.kl_divergence(d, other)[..., k]
+                alone = GibbsMatching(torch.zeros(n, n), mask=masks[k])
+                assert torch.allclose(kl, torch.distributions.kl_divergence(one, alone))
+
+
 def test_masks_may_differ_across_the_batch():
     masks = torch.stack([torch.ones(4, 4).bool(), MASKS["few"](4), MASKS["band"](4)])
     X = torch.randn(3, 4, 4)

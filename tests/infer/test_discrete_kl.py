@@ -650,6 +650,28 @@ def test_a_likelihood_without_a_gradient_in_P_is_warned_of_once(  # noqa: N802
     svi.step()  # where a warning is an error
 
 
+def test_the_check_leaves_the_graph_alone() -> None:
+    """What looks for a gradient takes none: this function allows one only."""
+
+    class Once(torch.autograd.Function):
+        count = 0
+
+        @staticmethod
+        def forward(ctx, P):
+            return P.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            Once.count += 1
+            return g
+
+    model, guide = numbers(lambda P, x: Once.apply(P) @ x, None)
+    elbo = DiscreteKL_ELBO()
+    for step in range(2):
+        elbo.loss_and_grads(model, guide)
+        assert Once.count == step + 1
+
+
 def test_a_permutation_that_is_read_through_another_site_is_trained() -> None:
     def model() -> None:
         P = pyro.sample("P", UniformPermutation(3))

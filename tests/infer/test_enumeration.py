@@ -184,6 +184,11 @@ def impossible() -> None:
     pyro.factor("score", torch.where(P[..., 0, 0] >= 0, -torch.inf, 0.0))
 
 
+def observed() -> None:
+    P = pyro.sample("P", UniformPermutation(3), obs=torch.eye(3))
+    pyro.factor("score", P[..., 0, 1])
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -198,6 +203,7 @@ def impossible() -> None:
         (subsampled, "'score' is in a plate that is subsampled"),
         (undefined, "got NaN"),
         (impossible, "or only -inf"),
+        (observed, "'P' is observed"),
     ],
 )
 def test_what_cannot_be_enumerated_is_said(model: Callable, message: str) -> None:
@@ -246,6 +252,23 @@ def test_a_site_outside_of_the_plate_is_a_constant_ahead_of_it() -> None:
     )
     with pyro.validation_enabled(False), pytest.raises(ValueError, match="got NaN"):
         posterior_by_enumeration(impossible, "P", False)
+
+
+def test_a_plate_of_one_ties_nothing() -> None:
+    x, y = torch.arange(3.0), torch.tensor([1.9, 0.9, 0.1])
+
+    def model(plated: bool) -> None:
+        if plated:
+            with pyro.plate("worms", 1):
+                P = pyro.sample("P", UniformPermutation(3))[..., 0, :, :]
+        else:
+            P = pyro.sample("P", UniformPermutation(3))
+        pyro.sample("y", dist.Normal(P @ x, 0.5).to_event(1), obs=y)
+
+    alone = pairs(posterior_by_enumeration(model, "P", False))
+    assert alone[0, 2] > 0.5
+    found = pairs(posterior_by_enumeration(model, "P", True))
+    torch.testing.assert_close(found, alone[None])
 
 
 def test_conditioning_makes_a_site_the_only_one() -> None:
