@@ -310,8 +310,10 @@ def matching_graph(
     if isinstance(mask, MatchingGraph):
         if unmatched is not None:
             raise ValueError(
-                "a MatchingGraph says itself what may stay unmatched: build it with "
-                "matching_graph(mask, shape, unmatched=...)."
+                "a MatchingGraph says itself what may stay unmatched, with scores of "
+                "zero: leave out unmatched=. For other scores pass the Boolean mask "
+                "in place of the graph, and unmatched scores beside it, -inf for what "
+                "has to be matched."
             )
         _check_shape(mask.allowed, n, m)
         if device is None or mask.device == torch.device(device):
