@@ -35,7 +35,7 @@ _LONGEST = 20.0
 _FARTHEST = 60.0
 # Elements that are done are left out where at most this share goes on, and where there
 # are more entries than this.
-_SHARE = 0.75
+_SHARE = 0.5
 _MANY = 2**15
 
 

@@ -46,8 +46,12 @@ class Scaling(NamedTuple):
 
     p: Tensor  # (b, n, m)
     potentials: Tensor  # (b, 1, m), g
-    residual: float  # largest error of a sum
+    error: Tensor  # (b, 1, 1), the largest of a sum
     iterations: int
+
+    def short_of(self, tol: float) -> Tensor:  # (k,)
+        """Indices of those that have not got there; NaN has not."""
+        return (~(self.error <= tol)).flatten().nonzero()[:, 0]
 
 
 class _Path(NamedTuple):
@@ -81,19 +85,17 @@ def scale_kernel(
     of them and their potentials stay zero.
     """
     if not scores.numel():
-        return Scaling(scores, columns, 0.0, 0)
+        return Scaling(scores, columns, scores[:, :1, :1], 0)
     case: dict[str, Any] = {"tol": tol, "slack": slack, "masked": masked}
     method = scale_by_squaring if small(scores) else _scale_by_products
     (p, g, error), steps = method(scores, rows, columns, **case)
-    residual = float(error.amax())
-    if small(scores) and not residual <= tol:  # NaN too
-        index = (~(error <= tol)).flatten().nonzero()[:, 0]
+    scaling = Scaling(p, g, error, steps)
+    if small(scores) and len(index := scaling.short_of(tol)):
         some = (x[index] for x in (scores, rows, columns))
         inner, more = _scale_by_products(*some, **case)
         p, g, error = replaced((p, g, error), index, inner)
-        steps += more
-        residual = float(error.amax())
-    return Scaling(p, g, residual, steps)
+        scaling = Scaling(p, g, error, steps + more)
+    return scaling
 
 
 def _scale_by_products(
@@ -184,6 +186,7 @@ def _cooled(
     if leaks is not None:
         result += leaks[0] * u, leaks[1] * v
     if rest is not None:
+        del scratch
         path = _Path(potential, t, before, t_before, direct)
         some = system.at(rest), _Path(*(x[rest] for x in path))
         inner, steps = _cooled(*some, tol, shrink, steps=steps, masked=masked)

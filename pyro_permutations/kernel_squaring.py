@@ -71,11 +71,12 @@ def scale_by_squaring(
     """Matrix, potentials (b, 1, m), errors (b, 1, 1); and the number of steps.
 
     Where factorizing a matrix costs no more than the calls of a few operations, these
-    have to be few. So all elements are at one temperature, t = 2^k, and exponentials of
-    matrices are taken once: halving the t of P = exp((scores + f + g) / t) squares P,
-    and what g moves multiplies its columns. A step solves (diag(c) - P' P) d = 1 - c,
-    with c the sums of columns where those of rows are exact. It goes with an
-    extrapolation of g, nearly linear in the temperature, from the last two of them.
+    have to be few. So all elements, but for those of another range of scores, are at
+    one temperature, t = 2^k, and exponentials of matrices are taken once: halving the t
+    of P = exp((scores + f + g) / t) squares P, and what g moves multiplies its columns.
+    A step solves (diag(c) - P' P) d = 1 - c, with c the sums of columns where those of
+    rows are exact. It goes with an extrapolation of g, nearly linear in the
+    temperature, from the last two of them.
 
     Slack is one column more whose potential is zero, and what drains into the columns.
     """

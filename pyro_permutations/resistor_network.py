@@ -152,6 +152,13 @@ class Network:
         a = flow.sum(-1, keepdim=True)
         b = flow.sum(-2) - (self.p.mT @ a)[..., 0]
         h = self.potentials(factor, scale, b)
+        if not as_current:
+            # Potentials are divided by weak conductances, and so is what rounding
+            # leaves of their source where it cancels inside of clusters.
+            size = flow.abs().sum(-2)
+            size += (self.p.mT @ flow.abs().sum(-1, keepdim=True))[..., 0]
+            noise = self.potentials(factor, scale, 1e-16 * size).amax((-2, -1))
+            accurate &= noise <= _ACCURATE_SOLVE * x.abs().amax((-2, -1))
         # Relative to the column that row i is mostly tied to, nothing cancels.
         most = self.p.argmax(-1, keepdim=True)
         h = h.mT - h[..., 0].gather(-1, most[..., 0])[..., None]

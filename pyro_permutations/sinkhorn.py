@@ -107,7 +107,9 @@ def sinkhorn(
     Each row and each column sums to one (not to 1/n), to the tolerance, and forbidden
     pairs are exactly zero. As the temperature falls it tends to :func:`matching`, the
     best permutation matrix. It stops where the sums are right, so that it takes less
-    time than :func:`log_sinkhorn`, whose arguments it has and whose exponential it is.
+    time than :func:`log_sinkhorn`, whose arguments it has and whose exponential it is,
+    up to what the tolerance leaves open: that counts for more the lower the temperature
+    is, and for the gradient more than for P.
     What rows and columns lack to one is how much they are unmatched, where they may.
 
     References:
@@ -286,11 +288,16 @@ class _Sinkhorn(torch.autograd.Function):
         slack: bool,
     ) -> Tensor:
         x, r, c = _flattened(scores, support, rows, columns)
-        scaling = scale_kernel(x, r, c, tol, slack=slack, masked=support is not None)
-        if scaling.residual <= tol:
-            return scaling.p.reshape(scores.shape)
-        arguments = scores, support, root, rows, columns, tol, slack
-        return _LogSinkhorn.forward(*arguments).exp()
+        masked = support is not None
+        scaling = scale_kernel(x, r, c, tol, slack=slack, masked=masked)
+        p = scaling.p
+        if len(index := scaling.short_of(tol)):
+            root = root.expand(*scores.shape[:-2], 1, -1).reshape(len(x), -1)
+            x, r, c, root = (y[index] for y in (x, r, c, root))
+            solution = solve(x, r, c, root, tol, slack=slack, masked=masked)
+            _warn(solution, tol)
+            p = p.index_copy(0, index, solution.log_p.exp())
+        return p.reshape(scores.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:

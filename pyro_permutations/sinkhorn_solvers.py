@@ -80,19 +80,25 @@ def solve(
     log_rows = rows.mT.log()
     scale = (_WARM / _range(scores[:, :-1] if slack else scores)).clamp_max(1.0)
     log_p = _wired(scores * scale[:, None, None], slack)
-    *_, potentials, _, iterations = scale_kernel(
+    warm = scale_kernel(
         log_p, rows, columns, _WARM_TOLERANCE, slack=slack, masked=masked
     )
+    iterations = warm.iterations
     columns = columns[:, 0]
-    log_p = _normalise_rows(log_p.add_(potentials), log_rows)
+    log_p = _normalise_rows(log_p.add_(warm.potentials), log_rows)
     growth = 2.0
     previous, previous_scale = log_p, torch.zeros_like(scale)
     square = slack or bool((rows == 1).all() and (columns == 1).all())
     best = _BestMatching(scores, slack) if square else None
+    left, active = torch.zeros_like(scale), torch.arange(len(scale)).to(root.device)
     while True:
         last = scale == 1
         target = torch.where(last, last_step(tol), _STAGE_STEP)
-        log_p, steps, left = _newton(log_p, log_rows, columns, root, target, best)
+        log_p, steps, size = _newton(
+            log_p, log_rows, columns, root, target, best, active
+        )
+        left = left.index_copy(0, active, size)
+        active = (~last).nonzero()[:, 0]  # what is done waits
         iterations += steps
         if bool(last.all()):
             break
@@ -108,7 +114,8 @@ def solve(
     error = error[..., :-1] if slack else error
     residual = float(error.amax()) if error.numel() else 0.0
     # For other sums than one there are no flows to balance, only sums to get right.
-    return Solution(log_p, residual, left if square else 0.0, iterations)
+    moving = float(left.amax()) if square and left.numel() else 0.0
+    return Solution(log_p, residual, moving, iterations)
 
 
 def _range(scores: Tensor) -> Tensor:  # (b,)
@@ -175,14 +182,14 @@ def _newton(
     root: Tensor,
     target: Tensor,
     best: _BestMatching | None,
-) -> tuple[Tensor, int, float]:
+    active: Tensor,  # (k,) of the batch
+) -> tuple[Tensor, int, Tensor]:
     """Newton steps until the last one was below the target, element by element.
 
-    Returns log P, the number of steps and, where they ran out, the length of the last.
+    Returns log P, the number of steps and, where these ran out, the length of the last.
     """
-    active = torch.arange(len(log_p), device=log_p.device)
-    tolerance = torch.full_like(target, _ROUGH)
-    steps, left = 0, 0.0
+    chosen, tolerance = active, torch.full_like(target[active], _ROUGH)
+    steps, left = 0, torch.zeros_like(target, dtype=log_p.dtype)
     while len(active) and steps < _MOST_STEPS:
         everyone = len(active) == len(log_p)
         part = log_p if everyone else log_p[active]
@@ -203,10 +210,10 @@ def _newton(
         exact = (tolerance == _EXACT) | (target[active] == _STAGE_STEP)
         tolerance = torch.where(size < _NEAR, _EXACT, tolerance)
         going = ~(short & exact) & (size > rounding)
+        left[active] = torch.where(going, size, 0.0)
         active, tolerance = active[going], tolerance[going]
         steps += 1
-        left = float(size[going].amax()) if len(active) else 0.0
-    return log_p, steps, left
+    return log_p, steps, left[chosen]
 
 
 def _balancing_step(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from types import FrameType
 
 __all__ = ["ConvergenceWarning", "LostLogWarning", "warn"]
 
@@ -51,6 +52,10 @@ def warn(warning: Warning | str) -> None:
     """Warn, as from the line that called this package, if by way of Pyro or torch."""
     level, frame = 1, sys._getframe()
     ours = "pyro_permutations", "pyro", "torch"
-    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ours:
+    while frame.f_back and _package(frame) in ours:
         level, frame = level + 1, frame.f_back
     warnings.warn(warning, stacklevel=level)
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).split(".")[0]  # exec gives no name

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
 from pyro_permutations.matching_graph import matching_graph
+from pyro_permutations.sinkhorn import log_sinkhorn
 from pyro_permutations.spanning_trees import log_spanning_trees
 
 RELATIVE = 1e-10  # of T, that is, absolute of log T ...
@@ -187,6 +188,24 @@ def test_second_derivative_is_the_covariance_of_edges() -> None:
             expected = ((up - down) / (2 * step)).reshape(9)
             assert (H[e] - expected).abs().max() < 1e-8
         assert torch.allclose(H, H.mT)
+
+
+def test_second_derivative_where_weights_are_fifty_apart() -> None:
+    """The documented range, against differences of the gradient: 6e-8 of the largest."""
+    K, direction = log_sinkhorn(2 * torch.randn(10, 10), 0.2), torch.randn(10, 10)
+    assert 40 < float(K.max() - K.min()) < 60
+    x = K.clone().requires_grad_()
+    (first,) = torch.autograd.grad(log_spanning_trees(x), x, create_graph=True)
+    (found,) = torch.autograd.grad((first * direction).sum(), x)
+
+    def gradient(K: Tensor) -> Tensor:
+        x = K.clone().requires_grad_()
+        return torch.autograd.grad(log_spanning_trees(x), x)[0]
+
+    step = 1e-4
+    up, down = (gradient(K + sign * step * direction) for sign in (1, -1))
+    expected = (up - down) / (2 * step)
+    assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 def test_second_derivative_is_finite_at_extremes() -> None:
