@@ -9,7 +9,6 @@ __all__ = ["birkhoff_decomposition"]
 import torch
 from torch import Tensor
 
-from pyro_permutations.constraints import SUM_TOLERANCE
 from pyro_permutations.matching import matching, to_indices
 
 # How far from doubly stochastic a matrix may be, and how much of it may be left over.
@@ -61,7 +60,8 @@ def birkhoff_decomposition(
         )
     exact = P.detach().double()
     largest = max(float(exact.sum(-1).amax()), float(exact.sum(-2).amax()))
-    tolerance = max(_TOLERANCE, SUM_TOLERANCE.get(P.dtype, 0.0))
+    rounding = torch.finfo(P.dtype).eps if P.is_floating_point() else 0.0
+    tolerance = max(_TOLERANCE, rounding)
     if not (float(exact.amin()) >= -tolerance and largest <= 1 + tolerance):
         raise ValueError(
             "P must have entries of at least 0, and sums of at most 1; its least entry "

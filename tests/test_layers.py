@@ -32,6 +32,7 @@ LAYERS = [
     ("kernel_newton", NUMERICS),
     ("kernel_squaring", NUMERICS),
     ("kernel_scaling", NUMERICS),
+    ("balancing_step", NUMERICS),
     ("sinkhorn_solvers", NUMERICS),
     ("sinkhorn_arguments", NUMERICS),
     ("sinkhorn", NUMERICS),
