@@ -6,6 +6,7 @@ from __future__ import annotations
 
 __all__ = ["DiscreteKL_ELBO"]
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from pyro_permutations.infer.guide_marginals import (
     repeated,
 )
 from pyro_permutations.infer.permutation_sites import innermost, permutation_prior
+from pyro_permutations.matching_graph import MatchingGraph
+from pyro_permutations.outside import outside
 from pyro_permutations.permanents import calibrated_entropy, calibrated_log_permanent
 from pyro_permutations.warnings import warn
 
@@ -262,10 +265,24 @@ def _divergence(
     X = distinct(p.logits, [d - 2 for d in dims]).double()
     # Both by the same approximation, on the mask of the prior: the maximum over B of
     # <X, B> + H is log Z, so that nothing is ever negative.
-    cross = calibrated_log_permanent(X, mask=p.graph) - (X * B).sum((-2, -1))
+    cross = _log_partition(X, p.graph) - (X * B).sum((-2, -1))
     entropy = calibrated_entropy(B, mask=p.graph)
     kl = _through(prior, cross) - _through(guide, entropy)
     return kl.reshape(guide.batch_shape).to(q.logits.dtype)
+
+
+def _log_partition(X: Tensor, graph: MatchingGraph) -> Tensor:
+    if X.requires_grad or bool(X.any()):
+        return calibrated_log_permanent(X, mask=graph)
+    return _log_count(graph, str(X.device))
+
+
+@lru_cache(maxsize=64)
+@outside
+def _log_count(graph: MatchingGraph, device: str) -> Tensor:
+    """That of a uniform prior is the same at every step, and would take half of it."""
+    zeros = torch.zeros(graph.shape, dtype=torch.float64, device=device)
+    return calibrated_log_permanent(zeros, mask=graph)
 
 
 def _without_ones(fn: Any) -> tuple[Any, Any]:
