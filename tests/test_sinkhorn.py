@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
-from benchmarks.sinkhorn import peak_bytes
+from benchmarks.sinkhorn_methods import peak_bytes
 from pyro_permutations import sinkhorn_solvers
 from pyro_permutations.kernel_scaling import _scale_by_products, scale_kernel
 from pyro_permutations.kernel_squaring import scale_by_squaring
