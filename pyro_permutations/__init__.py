@@ -10,6 +10,7 @@ from pyro_permutations.constraints import (
     doubly_stochastic,
     permutation_matrix,
 )
+from pyro_permutations.contrasts_transform import ContrastsTransform
 from pyro_permutations.distributions import (
     GibbsMatching,
     GumbelContrasts,
@@ -49,11 +50,7 @@ from pyro_permutations.posterior import MatchingPosterior
 from pyro_permutations.ranking_transform import RankingTransform, soft_ranking
 from pyro_permutations.restore import restore
 from pyro_permutations.sinkhorn import log_sinkhorn, sinkhorn
-from pyro_permutations.transforms import (
-    BirkhoffTransform,
-    ContrastsTransform,
-    SinkhornTransform,
-)
+from pyro_permutations.transforms import BirkhoffTransform, SinkhornTransform
 from pyro_permutations.warnings import ConvergenceWarning, LostLogWarning
 
 __version__ = "0.1.0"

@@ -14,9 +14,9 @@ from torch.distributions.transforms import Transform
 
 from pyro_permutations.carried_log import carry_log
 from pyro_permutations.constraints import doubly_stochastic, straight_through
+from pyro_permutations.contrasts_transform import Mask
 from pyro_permutations.matching import matching
 from pyro_permutations.transforms import (
-    Mask,
     SinkhornTransform,
     graph_for,
     log_cells,

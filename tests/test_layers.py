@@ -55,6 +55,7 @@ LAYERS = [
     ("ranking_probability", NUMERICS),
     ("carried_log", NO_PYRO),
     ("constraints", NO_PYRO),
+    ("contrasts_transform", NO_PYRO),
     ("transforms", NO_PYRO),
     ("harden_transform", NO_PYRO),
     ("ranking_transform", NO_PYRO),

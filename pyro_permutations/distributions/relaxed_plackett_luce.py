@@ -20,6 +20,7 @@ from torch.distributions.constraints import (
     real,
 )
 
+from pyro_permutations.contrasts_transform import ContrastsTransform
 from pyro_permutations.distributions.gumbel_contrasts import GumbelContrasts
 from pyro_permutations.distributions.plackett_luce import (
     PlackettLuce,
@@ -28,7 +29,7 @@ from pyro_permutations.distributions.plackett_luce import (
 from pyro_permutations.matching_graph import matching_graph
 from pyro_permutations.outside import holds
 from pyro_permutations.ranking_transform import RankingTransform
-from pyro_permutations.transforms import ContrastsTransform, as_temperature
+from pyro_permutations.transforms import as_temperature
 
 _EULER = 0.5772156649015329
 _NO_MOMENTS = "the {} has no closed form. Estimate it from k samples: {}."
