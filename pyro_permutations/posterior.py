@@ -137,14 +137,16 @@ class MatchingPosterior:
             raise IndexError("this posterior has no batch to select from.")
         elements = torch.arange(self.batch_shape.numel(), device=self.perm.device)
         chosen = elements.reshape(self.batch_shape)[index]
+        # Not flattened: that would copy what is expanded.
+        place = torch.unravel_index(chosen, self.batch_shape)
+        each: Any = (slice(None), *place)
         new = object.__new__(MatchingPosterior)
-        new.perm = self.perm.flatten(1, -2)[:, chosen]
-        new.weights = self.weights.flatten(1)[:, chosen]
+        new.perm, new.weights = self.perm[each], self.weights[each]
         new.columns, new.dtype = self.columns, self.dtype
         new.chains, new.exact = self.chains, self.exact
         new._undecided = self._undecided
         if self._undecided is not None:
-            new._undecided = self._undecided.flatten(0, -3)[chosen]
+            new._undecided = self._undecided[place]
         return new
 
     def __iter__(self) -> Iterator[MatchingPosterior]:

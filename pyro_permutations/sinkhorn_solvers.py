@@ -185,7 +185,7 @@ def _newton(
         exact = (tolerance == EXACT) | (target[active] == _STAGE_STEP)
         tolerance = torch.where(size < _NEAR, EXACT, tolerance)
         going = ~(short & exact) & (size > rounding)
-        left[active] = torch.where(going, size, 0.0)
+        left[active] = torch.where(going & ~short, size, 0.0)
         active, tolerance = active[going], tolerance[going]
         steps += 1
     return log_p, steps, left[chosen]

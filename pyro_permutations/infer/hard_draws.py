@@ -58,11 +58,14 @@ def guide_draws(
     the guide run on their values alone; where it fails or differs, as one that is
     written for one draw does, it is run for every draw instead. ``trace`` is one run.
     """
-    d = innermost(trace.nodes[site]["fn"])
-    draws = []
+    sizes = [*_chunks(innermost(trace.nodes[site]["fn"]), num_samples)]
     # Few first: what is not written for a plate may broadcast many against many.
-    together = _tried(guide, trace, site, min(4, num_samples)) is not None
-    for size in _chunks(d, num_samples):
+    few = min(4, num_samples)
+    found = _tried(guide, trace, site, few)
+    if found is not None and num_samples == few:
+        return found
+    together, draws = found is not None, []
+    for size in sizes:
         found = _tried(guide, trace, site, size) if together else None
         if found is None:
             runs = (poutine.trace(guide).get_trace() for _ in range(size))
