@@ -559,7 +559,7 @@ def test_autoguides_say_that_it_is_discrete():
     def model():
         pyro.sample("P", PlackettLuce(torch.zeros(3)))
 
-    with pytest.raises(ValueError, match=r"permutation matrices are discrete.*TraceEnum_ELBO"):
+    with pytest.raises(ValueError, match="permutation matrices are discrete"):
         AutoNormal(model)()
 
 
