@@ -31,8 +31,8 @@ _LONGEST = 1.5
 _FARTHEST = 100.0
 # Entries are raised to this before they are squared: neither squares, nor what rows and
 # columns move then (exp(-100)), nor products of such are denormal, on which arithmetic
-# is ten times slower. Its square exp(-230), moved by an extrapolation (100) and as many
-# steps of Newton (60), still is less than what a sum can see.
+# is several times slower. Its square exp(-230), moved by an extrapolation (100) and as
+# many steps of Newton (60), still is less than what a sum can see.
 _FLOOR = 1e-50
 # Ties between columns that are weaker than this share of their sums are left to it.
 _RIDGE = 1e-13

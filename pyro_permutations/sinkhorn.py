@@ -331,7 +331,7 @@ def _flattened(
     """Checked scores (b, n, m), row sums (b, 1, n) and column sums (b, 1, m)."""
     if scores.numel():
         low, high = scores.aminmax()
-        if not max(-float(low), float(high)) < LARGEST:  # NaN is the first, or both
+        if not max(-float(low), float(high)) < LARGEST:  # nor is NaN
             raise ValueError(NOT_FINITE)
     if support is not None:
         scores = torch.where(support, scores, -torch.inf)

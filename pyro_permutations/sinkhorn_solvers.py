@@ -34,10 +34,10 @@ _NEAR = 1e-2
 # No log potential moves by more in one step, relative to the others.
 _LONGEST_STEP = 4.0
 _MOST_STEPS = 200
-# The first inverse temperature is such that no score is further below the best of its
-# row. No tie is too weak for a kernel then, and products with a vector do better than
-# factorizations. (In standard deviations that is colder the heavier the tails are; from
-# there those of Cauchy's do not converge.)
+# The first inverse temperature is such that no score is further than this below the
+# best of its row. No tie is too weak for a kernel then, and products with a vector do
+# better than factorizations. (In standard deviations that is colder the heavier the
+# tails are; from there those of Cauchy's do not converge.)
 _WARM = 60.0
 _WARM_TOLERANCE = 1e-3
 

@@ -37,7 +37,7 @@ def log_spanning_trees(
     the result is right to about 1e-11 for log weights of any size.
 
     The gradient with respect to ``log_weights[i, j]`` is the probability that the pair
-    is in a tree drawn with these weights. It is differentiable again, to 1e-7 where log
+    is in a tree drawn with these weights. It is differentiable again, to 1e-6 where log
     weights are within 50 of each other; beyond, second derivatives lose their digits.
 
     Args:

@@ -199,7 +199,8 @@ class GumbelSinkhorn(TransformedDistribution):
         draws are the best matchings of noisy scores, the limit of low temperature; they
         are not draws of the probabilities exp<X, P>.
         """
-        return self.base_dist.hard_frequencies(num_samples)  # type: ignore[no-any-return]
+        base: GumbelContrasts = self.base_dist
+        return base.hard_frequencies(num_samples)
 
     @property
     def mean(self) -> Tensor:

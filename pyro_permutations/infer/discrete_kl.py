@@ -280,7 +280,7 @@ def _log_partition(X: Tensor, graph: MatchingGraph) -> Tensor:
 @lru_cache(maxsize=64)
 @outside
 def _log_count(graph: MatchingGraph, device: str) -> Tensor:
-    """That of a uniform prior is the same at every step, and would take half of it."""
+    """That of a uniform prior, which is the same at every step."""
     zeros = torch.zeros(graph.shape, dtype=torch.float64, device=device)
     return calibrated_log_permanent(zeros, mask=graph)
 
